@@ -1,0 +1,3150 @@
+"""Train, ship and score a small language model in 16,000,000 bytes. One file, read top to bottom.
+
+    python train_gpt.py                                        # CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py      # knobs are environment variables
+    python train_gpt.py --knobs                                # print them (the README's table)
+    python train_gpt.py --params                               # print model_params:N and stop
+
+A run trains under a clock, writes its artifact, loads that artifact into a fresh model and scores
+the loaded model: the number printed last belongs to the bytes on disk, never to the weights in memory.
+
+ 1 Config        2 Schedule      3 Journal       4 World         5 Clock
+ 6 Data          7 Kernels       8 Storage       9 Layers       10 Mixers
+11 Feed-forward 12 Model        13 Objective    14 Optimizer    15 Checkpoint
+16 Train        17 Export       18 Evaluate     19 Report       20 Main
+
+B rows, T tokens, D width, H query heads, G key/value heads, K head dim, V vocabulary, N = B*T.
+Losses are nats per token unless a name says bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import linecache
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FROZEN: dict[str, str] = {}  # build_submission.py writes the chosen environment here
+SOURCE_STAGE = "source"  # and which stage of the build this program is
+SIZE_LIMIT = 16_000_000  # bytes of code and weights together; decimal, not MiB (challenge README)
+
+# ======================================================================================
+# 1. Config -- every environment variable, and nothing else
+# uses:
+# ======================================================================================
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: what, found, allowed, how to mend."""
+
+
+def knob(
+    env: str,
+    default: object,
+    doc: str,
+    *,
+    choices: tuple = (),
+    within: tuple = (None, None),
+    tiny: object = None,
+) -> object:
+    """One knob, one row: name, default, meaning, allowed values, and its value in a tiny test run."""
+    meta = {"env": env, "doc": doc, "choices": choices, "within": within, "tiny": tiny}
+    return field(default=default, metadata=meta)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run reads and writes and how often it speaks; nothing here changes a weight."""
+
+    id: str = knob("RUN_ID", "", "name of the run; empty means date and time")
+    dir: str = knob("RUN_DIR", "", "folder that receives everything; empty means runs/<RUN_ID>")
+    data: str = knob("DATA_PATH", "data/datasets/fineweb10B_sp1024", "folder of .bin shards")
+    tokenizer: str = knob("TOKENIZER_PATH", "data/tokenizers/fineweb_1024_bpe.model",
+                          "SentencePiece model of the shards")
+    strict: bool = knob("STRICT", False, "an unknown or mistyped knob is an error")
+    overwrite: bool = knob("OVERWRITE", False, "clear a RUN_DIR that already holds a run")
+    resume: bool = knob("RESUME", False, "continue from the newest readable checkpoint in RUN_DIR")
+    checkpoint_every: float = knob("CHECKPOINT_EVERY", 0.0, "seconds between checkpoints; 0 = on SIGTERM and "
+                                   "SIGINT and at the end", within=(0.0, None))
+    eval_only: bool = knob("EVAL_ONLY", False, "score ARTIFACT and stop, without training")
+    artifact: str = knob("ARTIFACT", "", "artifact to score with EVAL_ONLY=1; empty means RUN_DIR/model.ptz")
+    nll_path: str = knob("NLL_PATH", "", ".npy that receives the nats of every target of the declared score")
+    log_every: int = knob("TRAIN_LOG_EVERY", 200, "steps between log lines", within=(0, None), tiny=1)
+    val_every: int = knob("VAL_LOSS_EVERY", 1000, "steps between validations, 0 = off",
+                          within=(0, None), tiny=0)
+    score: str = knob("SCORE", "roundtrip", "which score the run declares as its own",
+                      choices=("roundtrip", "sliding"))
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    seed: int = knob("SEED", 1337, "seed of the initial weights", within=(0, 2**63 - 1))
+    iterations: int = knob("ITERATIONS", 20000, "most optimizer steps to take", within=(0, None), tiny=6)
+    seconds: float = knob("MAX_WALLCLOCK_SECONDS", 600.0, "training stops before this; 0 = no cap",
+                          within=(0.0, None), tiny=0.0)
+    warmup_steps: int = knob("WARMUP_STEPS", 20, "steps per graph that prime the compiler and are undone",
+                             within=(0, None), tiny=1)
+    max_bad_steps: int = knob("MAX_BAD_STEPS", 10, "stop with an error after this many non-finite steps",
+                              within=(1, None))
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    device: str = knob("DEVICE", "auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob("DTYPE", "auto", "activations; auto = bfloat16 where it is fast",
+                      choices=("auto", "float32", "bfloat16"), tiny="float32")
+    compiling: str = knob("COMPILE", "auto", "torch.compile the blocks; auto = yes on CUDA, measured on CPU",
+                        choices=("auto", "0", "1"), tiny="0")
+    clock_sync_every: int = knob("CLOCK_SYNC_EVERY", 0, "steps between waits for the device; 0 = 1 below "
+                                 "200 ms a step, else 4", within=(0, 1000))
+    dist_timeout: float = knob("DIST_TIMEOUT", 600.0, "seconds before a collective fails", within=(1.0, None))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    batch_tokens: int = knob("TRAIN_BATCH_TOKENS", 524288, "tokens per optimizer step, all ranks together",
+                             within=(1, None), tiny=256)
+    seq_len: int = knob("TRAIN_SEQ_LEN", 1024, "longest context in training", within=(1, None), tiny=32)
+    spans: int = knob("TRAIN_SPANS", 8, "contiguous pieces of text per step; ranks x micro-batches divide it",
+                      within=(1, None))
+    accum: int = knob("GRAD_ACCUM_STEPS", 0, "micro-batches per rank and step; 0 = TRAIN_SPANS / ranks",
+                      within=(0, None))
+    packing: bool = knob("DOC_PACKING", False, "spans begin at a BOS, and attention stays inside documents")
+
+    @property
+    def span(self) -> int:
+        """Tokens that one span is trained on; it holds one more, the last target."""
+        return self.batch_tokens // self.spans
+
+    def micro_batches(self, ranks: int) -> int:
+        return self.accum or self.spans // ranks
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab: int = knob("VOCAB_SIZE", 1024, "tokens in the vocabulary", within=(2, 65536), tiny=320)
+    layers: int = knob("NUM_LAYERS", 9, "blocks of the model", within=(1, 256), tiny=3)
+    dim: int = knob("MODEL_DIM", 512, "width of the residual stream", within=(2, None), tiny=32)
+    heads: int = knob("NUM_HEADS", 8, "query heads per block", within=(1, None), tiny=4)
+    kv_heads: int = knob("NUM_KV_HEADS", 4, "key and value heads", within=(1, None), tiny=2)
+    mlp_mult: float = knob("MLP_MULT", 2.0, "MLP width over MODEL_DIM", within=(0.01, None))
+    tied: bool = knob("TIE_EMBEDDINGS", True, "the head is the embedding")
+    embed_std: float = knob("TIED_EMBED_INIT_STD", 0.005, "spread of a tied embedding at the start",
+                            within=(0.0, None))
+    softcap: float = knob("LOGIT_SOFTCAP", 30.0, "logits are cap * tanh(logits / cap)", within=(1e-3, None))
+    rope_base: float = knob("ROPE_BASE", 10000.0, "base of the rotary frequencies", within=(1.0, None))
+    qk_gain: float = knob("QK_GAIN_INIT", 1.5, "learned gain of each query head at the start")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def hidden(self) -> int:
+        return int(self.mlp_mult * self.dim)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Depth recurrence: layers first..last are visited count extra times (record 1855, 2.8)."""
+
+    count: int = knob("NUM_LOOPS", 0, "extra visits of the looped layers; 0 = none", within=(0, 16))
+    first: int = knob("LOOP_START", 3, "first looped layer, counted from 0", within=(0, None))
+    last: int = knob("LOOP_END", 5, "last looped layer", within=(0, None))
+    at: float = knob("ENABLE_LOOPING_AT", 0.35, "share of the run before looping", within=(0.0, 1.0))
+
+    @property
+    def on(self) -> bool:
+        return self.count > 0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    matrix_lr: float = knob("MATRIX_LR", 0.04, "Muon, all matrices", within=(0.0, None))
+    scalar_lr: float = knob("SCALAR_LR", 0.04, "Adam, gains and scales", within=(0.0, None))
+    tied_embed_lr: float = knob("TIED_EMBED_LR", 0.05, "Adam, tied embedding", within=(0.0, None))
+    embed_lr: float = knob("EMBED_LR", 0.6, "Adam, untied embedding", within=(0.0, None))
+    head_lr: float = knob("HEAD_LR", 0.008, "Adam, untied head", within=(0.0, None))
+    beta1: float = knob("BETA1", 0.9, "Adam, decay of the first moment", within=(0.0, 0.99999))
+    beta2: float = knob("BETA2", 0.95, "Adam, decay of the second moment", within=(0.0, 0.99999))
+    eps: float = knob("ADAM_EPS", 1e-8, "Adam, added to the root of the second moment", within=(0.0, None))
+    momentum: float = knob("MUON_MOMENTUM", 0.95, "Muon, final momentum", within=(0.0, 0.99999))
+    momentum_start: float = knob("MUON_MOMENTUM_WARMUP_START", 0.85, "Muon, first momentum",
+                                 within=(0.0, 0.99999))
+    momentum_steps: int = knob("MUON_MOMENTUM_WARMUP_STEPS", 500, "Muon, steps from first to final momentum",
+                               within=(0, None))
+    ns_steps: int = knob("MUON_BACKEND_STEPS", 5, "Muon, Newton-Schulz iterations", within=(1, 20))
+    clip: float = knob("GRAD_CLIP_NORM", 0.0, "largest norm of the whole gradient; 0 = no clipping",
+                       within=(0.0, None))
+    ema_decay: float = knob("EMA_DECAY", 0.0, "average of the weights that is shipped; 0 = ship the weights",
+                            within=(0.0, 0.999999))
+
+    @property
+    def ema_on(self) -> bool:
+        return self.ema_decay > 0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    warmdown_frac: float = knob("WARMDOWN_FRAC", 0.0, "last fraction of the run with falling rate; 0 = use "
+                                "WARMDOWN_ITERS", within=(0.0, 1.0))
+    warmdown_iters: int = knob("WARMDOWN_ITERS", 1200, "last steps, with falling rate, at the measured pace",
+                               within=(0, None), tiny=3)
+    min_lr: float = knob("MIN_LR", 0.0, "floor of the learning-rate multiplier", within=(0.0, 1.0))
+    qat: bool = knob("QAT_ENABLED", False, "train through the quantiser of the artifact from step 0")
+    late_qat: float = knob("LATE_QAT_THRESHOLD", 0.0, "train through it once the rate factor is below this",
+                           within=(0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    matrix_bits: int = knob("MATRIX_BITS", 8, "matrices in the artifact; 16 = float16", choices=(6, 8, 16))
+    embed_bits: int = knob("EMBED_BITS", 8, "embedding and head likewise", choices=(6, 8, 16))
+    clip_percentile: float = knob("INT8_CLIP_PERCENTILE", 100.0, "clip of a row of |w|; 100 = its maximum",
+                                  within=(50.0, 100.0))
+    scale_floor: float = knob("ROW_SCALE_FLOOR", 0.0, "least quantisation step; naive baseline 1/127",
+                              within=(0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    seq_len: int = knob("EVAL_SEQ_LEN", 0, "context in evaluation; 0 = TRAIN_SEQ_LEN", within=(0, None))
+    batch_tokens: int = knob("VAL_BATCH_TOKENS", 524288, "tokens per evaluation forward, all ranks and spans "
+                             "together", within=(1, None), tiny=512)
+    sliding: bool = knob("SLIDING_WINDOW_ENABLED", False, "score a second time with sliding windows")
+    stride: int = knob("EVAL_STRIDE", 64, "targets scored per sliding window", within=(1, None), tiny=8)
+    max_tokens: int = knob("VAL_MAX_TOKENS", 0, "score only so many targets (partial); 0 = all",
+                           within=(0, None))
+
+
+# fmt: on
+@dataclass(frozen=True)
+class Config:
+    """Everything the program was told. Nothing ever assigns to it: a profile is an env file."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+
+    @property
+    def eval_len(self) -> int:
+        return self.scoring.seq_len or self.data.seq_len
+
+    def check(self) -> None:
+        """Rules that span knobs, a line each. Raises UserError naming the first that is broken."""
+        m, d, loop = self.model, self.data, self.loop
+        rules = [
+            (m.dim % m.heads == 0, f"NUM_HEADS={m.heads} does not divide MODEL_DIM={m.dim}"),
+            (m.heads % m.kv_heads == 0, f"NUM_KV_HEADS={m.kv_heads} does not divide NUM_HEADS={m.heads}"),
+            (
+                m.head_dim % 2 == 0,
+                f"MODEL_DIM/NUM_HEADS={m.head_dim} is odd, but rotary embedding turns pairs",
+            ),
+            (m.hidden >= 1, f"MLP_MULT={m.mlp_mult} leaves no hidden unit at MODEL_DIM={m.dim}"),
+            (
+                d.batch_tokens % d.spans == 0,
+                f"TRAIN_SPANS={d.spans} does not divide TRAIN_BATCH_TOKENS={d.batch_tokens}",
+            ),
+            (
+                d.packing or d.span % d.seq_len == 0,
+                f"TRAIN_SEQ_LEN={d.seq_len} does not divide the {d.span} tokens of a span "
+                f"(TRAIN_BATCH_TOKENS/TRAIN_SPANS)",
+            ),
+            (
+                not loop.on or loop.first <= loop.last < m.layers,
+                f"LOOP_START={loop.first}, LOOP_END={loop.last} want start <= end < NUM_LAYERS={m.layers}",
+            ),
+            (
+                self.scoring.stride <= self.eval_len,
+                f"EVAL_STRIDE={self.scoring.stride} is longer than the evaluation context of {self.eval_len}",
+            ),
+            (
+                self.run.score != "sliding" or self.scoring.sliding,
+                "SCORE=sliding wants SLIDING_WINDOW_ENABLED=1",
+            ),
+            (
+                not self.run.resume or bool(self.run.id or self.run.dir),
+                "RESUME=1 wants RUN_ID or RUN_DIR, to know which run",
+            ),
+        ]
+        for holds, text in rules:
+            if not holds:
+                raise UserError(text)
+
+
+# Old or other scripts' names -> ours, or the sentence that refuses them. One name, one meaning.
+ALIASES = {
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",  # naive baseline
+    "CONTROL_TENSOR_NAME_PATTERNS": "refused: each parameter names its optimizer and codec where it is made",
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "refused: each parameter names its codec where it is made",
+    "TURBO_QUANT_KV": "refused: there is no key/value cache to quantise",
+    "WEIGHT_SHARING": "refused: abandoned; NUM_LOOPS shares weights in depth",
+    "INSIDE_OUT_TRAINING": "refused: abandoned, it gained nothing in its own ablation",
+    "DEQ_FEEDBACK": "refused: abandoned, it gained nothing in its own ablation",
+}
+WITHOUT_EFFECT = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # published, read by no script
+TRUTH = {
+    "0": False,
+    "1": True,
+    "false": False,
+    "true": True,
+    "no": False,
+    "yes": True,
+    "off": False,
+    "on": True,
+}
+
+
+def all_knobs() -> dict[str, tuple[str, dataclasses.Field]]:
+    """Environment name -> (section name, field)."""
+    sections = (
+        (s.name, f) for s in dataclasses.fields(Config) for f in dataclasses.fields(s.default_factory)
+    )
+    return {f.metadata["env"]: (name, f) for name, f in sections}
+
+
+def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
+    """Rename what other scripts call by another name. Raises UserError for refused names and clashes."""
+    out = dict(env)
+    for old, new in ALIASES.items():
+        if old not in env:
+            continue
+        if new.startswith("refused"):
+            raise UserError(f"{old}={env[old]!r} is {new}; unset it")
+        if env.get(new, env[old]) != env[old]:
+            raise UserError(f"{old}={env[old]!r} is another name of {new}={env[new]!r}; set one of them")
+        out[new] = out.pop(old)
+    return out
+
+
+def read_config(env: dict[str, str]) -> Config:
+    """Build the one Config. Raises UserError with the knob's name, value, and what is allowed."""
+    env = resolve_aliases(env)
+    sections = {}
+    for section in dataclasses.fields(Config):
+        kind = section.default_factory
+        sections[section.name] = kind(**{f.name: read_knob(f, env) for f in dataclasses.fields(kind)})
+    cfg = Config(**sections)
+    cfg.check()
+    return cfg
+
+
+def read_knob(f: dataclasses.Field, env: dict[str, str]) -> object:
+    if f.metadata["env"] not in env:
+        return f.default
+    text, kind = env[f.metadata["env"]].strip(), type(f.default)
+    value = parse(text, kind)
+    low, high = f.metadata["within"]
+    choices = f.metadata["choices"]
+    bad = value is None or (choices and value not in choices)
+    if bad or (low is not None and value < low) or (high is not None and value > high):
+        raise UserError(
+            f"{f.metadata['env']}={text!r} is not allowed; want {allowed(f)} ({f.metadata['doc']})"
+        )
+    return value
+
+
+def parse(text: str, kind: type) -> object:
+    """Text -> a value of the kind, or None where it is not one."""
+    if kind is bool:
+        return TRUTH.get(text.lower())
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return value if kind is not float or math.isfinite(value) else None
+
+
+def allowed(f: dataclasses.Field) -> str:
+    low, high = f.metadata["within"]
+    if f.metadata["choices"]:
+        return " or ".join(str(c) for c in f.metadata["choices"])
+    if isinstance(f.default, bool):
+        return "0 or 1"
+    kind = {int: "a whole number", float: "a number", str: "text"}[type(f.default)]
+    bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def near_misses(env: dict[str, str]) -> list[str]:
+    """One sentence for each variable that looks like a mistyped or unknown knob (`MODEL_DIMS`)."""
+    known = [*all_knobs(), *ALIASES, *WITHOUT_EFFECT]
+    families = {name.split("_")[0] for name in known if "_" in name} - {"ENABLE", "MAX", "RUN"}
+    lines = [
+        f"{name} is accepted but has no effect: no published script reads it"
+        for name in WITHOUT_EFFECT
+        if name in env
+    ]
+    for name in sorted(set(env) - set(known)):
+        close = difflib.get_close_matches(name, known, 1, 0.88)
+        if close:
+            lines.append(f"{name} is not a knob; did you mean {close[0]}?")
+        elif name.split("_")[0] in families:
+            lines.append(f"{name} is not a knob; --knobs lists them")
+    return lines
+
+
+def knob_values(cfg: Config) -> dict[str, str]:
+    """Environment name -> the text that sets its present value."""
+    raw = {env: getattr(getattr(cfg, section), f.name) for env, (section, f) in all_knobs().items()}
+    return {env: str(int(v)) if isinstance(v, bool) else str(v) for env, v in raw.items()}
+
+
+def changed_knobs(cfg: Config) -> dict[str, str]:
+    """The knobs that differ from their defaults: what an env file has to say."""
+    default = knob_values(Config())
+    return {env: text for env, text in knob_values(cfg).items() if text != default[env]}
+
+
+def identity(cfg: Config) -> dict[str, str]:
+    """The knobs that decide the weights or their score: all but the run section's names and paths."""
+    return {env: text for env, text in knob_values(cfg).items() if all_knobs()[env][0] != "run"}
+
+
+def config_hash(cfg: Config) -> str:
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def knob_table() -> str:
+    """The README's table, in Markdown."""
+    rows = [
+        f"| `{env}` | {shown(f.default)} | {f.metadata['doc']} | {allowed(f)} |"
+        for env, (_, f) in all_knobs().items()
+    ]
+    return "\n".join(["| knob | default | meaning | allowed |", "|---|---|---|---|", *rows])
+
+
+def shown(value: object) -> str:
+    return "(empty)" if value == "" else str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def tiny_env() -> dict[str, str]:
+    """The environment of a run of seconds, for tests and for the builder's proof."""
+    rows = {env: f.metadata["tiny"] for env, (_, f) in all_knobs().items()}
+    return {env: str(int(v)) if isinstance(v, bool) else str(v) for env, v in rows.items() if v is not None}
+
+
+# ======================================================================================
+# 2. Schedule -- where the run stands -> the values of this step; pure, no torch
+# uses: Config
+# ======================================================================================
+
+
+class Progress(NamedTuple):
+    """Where a run stands, as rank 0 tells it: the step about to be taken and the seconds spent."""
+
+    step: int
+    seconds: float
+
+
+class Phase(NamedTuple):
+    """Every value that varies with the step. Blocks read it through Ctx; nothing stores it."""
+
+    lr: float  # multiplies the rate of every group
+    momentum: float  # Muon
+    loops: int  # extra visits of the looped layers
+    qat: bool  # weights pass through their codec
+
+
+def fraction(at: Progress, cfg: Config) -> float:
+    """Share of the run that is over, 0 to 1: of the clock where there is a cap, else of the steps."""
+    if cfg.budget.seconds > 0:
+        return min(at.seconds / cfg.budget.seconds, 1.0)
+    return min(at.step / max(cfg.budget.iterations, 1), 1.0)
+
+
+def warmdown_by_fraction(at: Progress, cfg: Config) -> float:
+    """1 until the last WARMDOWN_FRAC of the run, then linear to 0 (records 1855, 1886; 5.6)."""
+    left = 1.0 - fraction(at, cfg)
+    return min(1.0, left / cfg.schedule.warmdown_frac)
+
+
+def warmdown_by_iters(at: Progress, cfg: Config) -> float:
+    """1 until WARMDOWN_ITERS steps are left, as counted or as timed at the mean step (naive baseline)."""
+    iters = max(cfg.schedule.warmdown_iters, 1)
+    if cfg.budget.seconds <= 0:
+        return min(1.0, max(cfg.budget.iterations - at.step, 0) / iters)
+    step_seconds = at.seconds / max(at.step, 1)
+    left = max(cfg.budget.seconds - at.seconds, 0.0)
+    return min(1.0, left / max(iters * step_seconds, 1e-9))
+
+
+def phase_at(at: Progress, cfg: Config) -> Phase:
+    """The schedule, whole: a pure function of progress and configuration."""
+    falling = warmdown_by_fraction if cfg.schedule.warmdown_frac > 0 else warmdown_by_iters
+    lr = 1.0 if cfg.schedule.warmdown_frac == 0 and cfg.schedule.warmdown_iters == 0 else falling(at, cfg)
+    lr = max(lr, cfg.schedule.min_lr)
+    warm = min(at.step / cfg.optim.momentum_steps, 1.0) if cfg.optim.momentum_steps else 1.0
+    momentum = (1 - warm) * cfg.optim.momentum_start + warm * cfg.optim.momentum
+    looping = cfg.loop.on and fraction(at, cfg) >= cfg.loop.at
+    qat = cfg.schedule.qat or lr < cfg.schedule.late_qat
+    return Phase(lr, momentum, cfg.loop.count if looping else 0, qat)
+
+
+def final_phase(cfg: Config) -> Phase:
+    """The phase of a loaded artifact: all loops on, weights as they are (they come out of the codec)."""
+    return Phase(0.0, cfg.optim.momentum, cfg.loop.count, False)
+
+
+def warm_phases(cfg: Config) -> list[Phase]:
+    """One phase for each distinct forward graph that the run will meet, in order."""
+    quant = {cfg.schedule.qat, cfg.schedule.qat or cfg.schedule.late_qat > 0}
+    loops = {0, cfg.loop.count}
+    return [Phase(1.0, cfg.optim.momentum, n, q) for q, n in itertools.product(sorted(quant), sorted(loops))]
+
+
+# ======================================================================================
+# 3. Journal -- what a run writes and says
+# uses: Config
+# ======================================================================================
+
+
+class Journal:
+    """What a run says: train.log, trace.jsonl, the terminal, and a ledger of seconds per phase.
+
+    Every line is flushed when it is written: a killed run keeps all but its last line.
+    `dir` None (every rank but 0) writes nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.dir, self.bar, self.started = folder, None, time.perf_counter()
+        self.ledger: dict[str, float] = {}
+        self.stalled_since, self.doing = time.monotonic(), "start"
+
+    def log(self, text: str, *, file_only: bool = False) -> None:
+        if self.dir is None:
+            return
+        self.append("train.log", text)
+        if not file_only:
+            (self.bar.write if self.bar else functools.partial(print, flush=True))(text)
+
+    def warn(self, text: str) -> None:
+        """Straight to the terminal, on any rank."""
+        print(text, file=sys.stderr, flush=True)
+
+    def trace(self, **values: object) -> None:
+        """Append what two equal programs must agree on: no times, no paths, no code sizes."""
+        if self.dir is not None:
+            self.append("trace.jsonl", json.dumps(values))
+
+    def append(self, name: str, line: str) -> None:
+        try:
+            with (self.dir / name).open("a", encoding="utf-8") as f:
+                f.write(line + "\n")
+        except OSError as e:
+            raise UserError(
+                f"cannot write {self.dir / name}: {e.strerror}; free space or choose another RUN_DIR"
+            ) from e
+
+    def cut_trace(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will take again, and whatever follows them."""
+        if self.dir is None or not (self.dir / "trace.jsonl").exists():
+            return
+        lines = (self.dir / "trace.jsonl").read_text().splitlines()
+        kept = itertools.takewhile(
+            lambda line: line.startswith('{"step": ') and json.loads(line)["step"] < step,
+            (line for line in lines if line.endswith("}")),
+        )
+        text = "".join(line + "\n" for line in kept)
+        write_atomic(self.dir / "trace.jsonl", text.encode())
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Charge the seconds of a block to a name of the ledger."""
+        begin, outer = time.perf_counter(), self.doing
+        self.beat(name)
+        try:
+            yield
+        finally:
+            self.ledger[name] = self.ledger.get(name, 0.0) + time.perf_counter() - begin
+            self.beat(outer)
+
+    def beat(self, doing: str | None = None) -> None:
+        """Tell the watchdog that the run is alive, and at what."""
+        self.doing, self.stalled_since = doing or self.doing, time.monotonic()
+
+    def progress(self, step: int, total: int, note: str) -> None:
+        """A live bar on a terminal that has tqdm; nothing when piped."""
+        if self.dir is None or not sys.stdout.isatty():
+            return
+        self.bar = self.bar or open_bar(total)
+        if self.bar:
+            self.bar.total = total
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def close_bar(self) -> None:
+        if self.bar:
+            self.bar.close()
+        self.bar = None
+
+
+def open_bar(total: int) -> object | None:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write, flush, fsync, rename, fsync the folder: `path` holds all of `data` or what it held before.
+
+    Raises UserError with the system's reason (no space, read-only) and leaves no temporary file.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(handle, view[: 1 << 24]) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}; free space or choose another RUN_DIR") from e
+
+
+# ======================================================================================
+# 4. World -- ranks and devices; the only chapter that names torch.distributed
+# uses: Config Journal
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's place among the others. Every method is a no-op alone, so callers never ask."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype  # of activations; weights are always float32
+    compiling: bool
+    journal: Journal
+    run_dir: Path
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """Sum over ranks, in place. Host tensors travel over gloo, device tensors over NCCL."""
+        if self.size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def mean_(self, t: Tensor) -> Tensor:
+        return self.sum_(t).div_(self.size)
+
+    def sum_later(self, t: Tensor) -> object:
+        """Start summing a host tensor over ranks; `.wait()` on what is returned finishes it."""
+        return dist.all_reduce(t, async_op=True)
+
+    def gather(self, item: object) -> list[object]:
+        """Every rank's item, in rank order, on every rank."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def share(self, make: Callable[[], object]) -> object:
+        """What `make` returns on rank 0, on every rank; a UserError there is raised on every rank."""
+        box = [None]
+        if self.main:
+            try:
+                box = [make()]
+            except UserError as e:
+                box = [e]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def log(self, text: str) -> None:
+        self.journal.log(text)
+
+    def peak_bytes(self) -> tuple[int, int]:
+        """Most memory allocated and reserved so far: device memory on CUDA, resident memory on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        return peak, peak
+
+
+def open_world(cfg: Config, env: dict[str, str]) -> World:
+    """Join the other ranks (torchrun's variables), open RUN_DIR and the journal. Raises UserError."""
+    rank, size, local = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    share = size * cfg.data.micro_batches(size)
+    if share == 0 or cfg.data.spans % share:
+        raise UserError(
+            f"WORLD_SIZE={size} x GRAD_ACCUM_STEPS={cfg.data.micro_batches(size)} does not divide the "
+            f"{cfg.data.spans} spans of a step; change TRAIN_SPANS or the number of ranks"
+        )
+    device = pick_device(cfg, local)
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.compute.dist_timeout))
+    world = World(rank, size, device, torch.float32, False, Journal(None), Path())
+    run_dir = world.share(lambda: make_run_dir(cfg))
+    return dataclasses.replace(world, run_dir=run_dir, journal=Journal(run_dir if rank == 0 else None))
+
+
+def pick_device(cfg: Config, local: int) -> torch.device:
+    if cfg.compute.device == "cpu" or not torch.cuda.is_available():
+        if cfg.compute.device == "cuda":
+            raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or auto")
+        return torch.device("cpu")
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local}, but this machine has {torch.cuda.device_count()} CUDA devices; start fewer "
+            f"ranks or set DEVICE=cpu"
+        )
+    torch.cuda.set_device(local)
+    torch.set_float32_matmul_precision("high")  # the records' setting: TF32 for what is left in float32
+    return torch.device("cuda", local)
+
+
+def close_world(world: World) -> None:
+    world.journal.close_bar()
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_run_dir(cfg: Config) -> Path:
+    """RUN_DIR, ready to be written. Raises UserError rather than write over another run."""
+    name = cfg.run.id or time.strftime("%Y%m%d_%H%M%S") + f"_{os.getpid()}"
+    folder = Path(cfg.run.dir or f"runs/{name}")
+    used = (folder / "train.log").exists()
+    if used and not (cfg.run.resume or cfg.run.overwrite):
+        raise UserError(
+            f"RUN_DIR={folder} already holds a run; choose another RUN_ID, or set RESUME=1 to continue "
+            f"it or OVERWRITE=1 to clear it"
+        )
+    try:
+        if used and not cfg.run.resume:
+            clear_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "train.log").open("a"):
+            return folder
+    except OSError as e:
+        raise UserError(f"RUN_DIR={folder} cannot be written ({e.strerror}); choose another RUN_DIR") from e
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run has written there, and nothing else."""
+    for name in ("train.log", "trace.jsonl", "results.json", "model.ptz"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+# ======================================================================================
+# 5. Clock -- rank 0's seconds, signals, and a watchdog
+# uses: Config World
+# ======================================================================================
+
+
+class Reading(NamedTuple):
+    """What rank 0's clock says, the same on every rank."""
+
+    seconds: float  # of training
+    stop: bool  # some rank was asked to stop
+    save: bool  # a checkpoint is due
+
+
+class Clock:
+    """Rank 0's stopwatch of training seconds, heard by every rank; the only clock of a run.
+
+    Alone the reading is fresh. In company it travels over a host collective while the step runs and
+    is one step old, and `ends_in_time` looks one step further ahead to make up for it. Validation
+    and checkpoints pause the clock; they have lines of their own in the ledger.
+    """
+
+    SAFETY = 1.1  # the next step may be this much slower than the slowest of the last 20
+
+    def __init__(
+        self, cfg: Config, world: World, spent: float, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.cfg, self.world, self.now = cfg, world, now
+        self.spent, self.mark, self.saved, self.interrupted = spent, None, now(), False
+        self.heard, self.pending = Reading(spent, False, False), None
+        self.times: deque[float] = deque(maxlen=20)
+
+    def elapsed(self) -> float:
+        return self.spent + (self.now() - self.mark if self.mark is not None else 0.0)
+
+    def start(self) -> None:
+        self.mark = self.now()
+
+    def stop(self) -> None:
+        self.spent, self.mark = self.elapsed(), None
+
+    @contextlib.contextmanager
+    def paused(self) -> Generator[None]:
+        self.world.synchronize()
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def tick(self, step: int) -> Reading:
+        """The reading at (about) the start of this step. Every rank calls it once a step."""
+        if self.sync_due(step):
+            self.world.synchronize()
+        every = self.cfg.run.checkpoint_every
+        due = every > 0 and self.now() - self.saved >= every
+        self.saved = self.now() if due else self.saved
+        mine = [self.elapsed(), float(self.interrupted), float(due)]
+        mine = torch.tensor(mine if self.world.main else [0.0, mine[1], 0.0], dtype=torch.float64)
+        if self.world.size == 1:
+            return self.hear(mine)
+        last, self.pending = self.pending, (mine, self.world.sum_later(mine))
+        if last is not None:
+            last[1].wait()
+            return self.hear(last[0])
+        return self.heard
+
+    def hear(self, mine: Tensor) -> Reading:
+        seconds, stop, save = mine.tolist()
+        self.times.append(seconds - self.heard.seconds)
+        self.heard = Reading(seconds, stop > 0, save > 0)
+        return self.heard
+
+    def sync_due(self, step: int) -> bool:
+        """Every CLOCK_SYNC_EVERY steps, and at each of the last 20 that the cap leaves room for."""
+        typical = statistics.median(self.times) if self.times else 0.0
+        every = self.cfg.compute.clock_sync_every or (1 if typical < 0.2 else 4)
+        cap = self.cfg.budget.seconds
+        return step % every == 0 or (cap > 0 and cap - self.heard.seconds < 20 * typical)
+
+    def ends_in_time(self) -> bool:
+        """Whether the step about to start will be over before the cap, at the pace of the slowest of 20."""
+        if self.cfg.budget.seconds <= 0:
+            return True
+        ahead = 1 if self.world.size == 1 else 2
+        worst = max(self.times, default=0.0) * self.SAFETY
+        return self.heard.seconds + ahead * worst < self.cfg.budget.seconds
+
+    def projected_steps(self, step: int) -> int:
+        """Final step count at the median pace of the last 20 steps."""
+        if self.cfg.budget.seconds <= 0 or not self.times:
+            return self.cfg.budget.iterations
+        left = self.cfg.budget.seconds - self.heard.seconds
+        more = int(left / max(statistics.median(self.times), 1e-9))
+        return min(step + max(more, 0), self.cfg.budget.iterations)
+
+    def drain(self) -> None:
+        """Finish the reading that is still on its way, so that ranks leave the loop even."""
+        if self.pending is not None:
+            self.pending[1].wait()
+            self.pending = None
+
+
+@contextlib.contextmanager
+def stop_on_signal(clock: Clock) -> Generator[None]:
+    """SIGTERM and SIGINT ask the training loop to save and leave at the next step's edge."""
+    names = (signal.SIGTERM, signal.SIGINT)
+
+    def ask(_number: int, _frame: object) -> None:
+        if clock.interrupted:
+            raise KeyboardInterrupt("asked a second time: leaving without a checkpoint")
+        clock.interrupted = True
+
+    before = {s: signal.signal(s, ask) for s in names}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def watchdog(world: World, limit: float) -> Generator[None]:
+    """Name the phase and rank that stood still for half the collective time-out, before it kills the job."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(min(limit / 10, 5.0)):
+            still = time.monotonic() - world.journal.stalled_since
+            if still > limit / 2:
+                world.journal.warn(
+                    f"rank {world.rank}: no progress for {still:.0f} s in phase '{world.journal.doing}'"
+                )
+                world.journal.beat()
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+# ======================================================================================
+# 6. Data -- shards of tokens -> batches; tokens -> bytes of source text
+# uses: Config World
+# ======================================================================================
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # the challenge's shard format (frontier 1.1)
+
+
+class Batch(NamedTuple):
+    """What one forward reads. `docs` are int32 boundaries of segments along N = B*T, or None."""
+
+    tokens: Tensor  # (B,T) int64
+    targets: Tensor  # (B,T) int64, the tokens that follow
+    docs: Tensor | None
+
+
+def read_header(path: Path) -> int:
+    """Tokens in a shard. Raises UserError for a wrong magic, version, or length."""
+    with path.open("rb") as f:
+        head = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
+    if len(head) < HEADER_BYTES // 4 or head[0] != MAGIC:
+        raise UserError(
+            f"{path} is not a token shard: magic {head[0] if len(head) else 'absent'}, want {MAGIC}; "
+            f"prepare it with data/prepare.py or data/download.py"
+        )
+    if head[1] != VERSION:
+        raise UserError(f"{path} has shard version {head[1]}, want {VERSION}; prepare it again")
+    size, want = path.stat().st_size, HEADER_BYTES + 2 * int(head[2])
+    if size != want:
+        raise UserError(
+            f"{path} is truncated or padded: {size} bytes, its header says {want}; fetch it again"
+        )
+    return int(head[2])
+
+
+class Shards:
+    """The shards of one split in lexicographic order, as one long array of tokens.
+
+    Token ids are checked against the vocabulary once per shard, when it is first touched.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab: int) -> None:
+        self.paths = list_shards(folder, split)
+        self.vocab, self.open = vocab, {}
+        self.ends = list(itertools.accumulate(read_header(p) for p in self.paths))
+        if self.total == 0:
+            raise UserError(f"{folder} holds no {split} token; prepare it again")
+
+    @property
+    def total(self) -> int:
+        return self.ends[-1]
+
+    def shard(self, i: int) -> np.ndarray:
+        if i not in self.open:
+            tokens = np.memmap(self.paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES)
+            top = max(
+                (int(part.max()) for part in np.array_split(tokens, max(1, len(tokens) >> 24))), default=0
+            )
+            if top >= self.vocab:
+                raise UserError(
+                    f"{self.paths[i]} holds token id {top}, beyond VOCAB_SIZE={self.vocab}; the shards "
+                    f"belong to another tokenizer"
+                )
+            self.open[i] = tokens
+        return self.open[i]
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from position `start`, over shard edges and around the end."""
+        parts, start = [], start % self.total
+        while count > 0:
+            i = next(k for k, end in enumerate(self.ends) if start < end)
+            first = self.ends[i - 1] if i else 0
+            part = self.shard(i)[start - first : start - first + count]
+            parts.append(part)
+            count -= len(part)
+            start = (start + len(part)) % self.total
+        return np.concatenate(parts)
+
+    def fingerprint(self) -> str:
+        """Names and sizes, to tell one data set from another without reading it."""
+        return hashlib.sha256(
+            repr([(p.name, end) for p, end in zip(self.paths, self.ends, strict=True)]).encode()
+        ).hexdigest()[:16]
+
+
+def list_shards(folder: Path, split: str) -> list[Path]:
+    """The files of a split, sorted; byte sidecars (`fineweb_val_bytes_*`) are not token shards."""
+    make = "make them with: python data/prepare.py --help, or python data/download.py sp1024"
+    if not folder.is_dir():
+        raise UserError(f"DATA_PATH={folder} is not a folder; {make}")
+    paths = sorted(p for p in folder.glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
+    if not paths:
+        raise UserError(f"DATA_PATH={folder} holds no fineweb_{split}_*.bin; {make}")
+    if split == "val" and all(p.stat().st_size < HEADER_BYTES + 4 for p in paths):
+        raise UserError(
+            f"the validation split in DATA_PATH={folder} is empty; prepare it with --val-docs >= 1"
+        )
+    return paths
+
+
+def token_count(cfg: Config, split: str) -> int:
+    """Tokens of a split by file size alone: the validation split stays closed until it is scored."""
+    return sum((p.stat().st_size - HEADER_BYTES) // 2 for p in list_shards(Path(cfg.run.data), split))
+
+
+class StreamSpans:
+    """Spans cut from the concatenated shards, one after another, around and around (naive baseline)."""
+
+    def __init__(self, shards: Shards, cfg: Config) -> None:
+        self.shards, self.cfg = shards, cfg
+        if shards.total < cfg.data.span + 1:
+            raise UserError(
+                f"the training shards hold {shards.total} tokens, a span of TRAIN_BATCH_TOKENS/TRAIN_SPANS "
+                f"needs {cfg.data.span + 1}; lower TRAIN_BATCH_TOKENS"
+            )
+
+    def span(self, step: int, index: int) -> np.ndarray:
+        """(span+1,) tokens: a pure function of the step, so any rank can ask for any span."""
+        length = self.cfg.data.span + 1
+        return self.shards.take((step * self.cfg.data.spans + index) * length, length)
+
+
+class DocumentSpans:
+    """Spans that begin at each shard's first BOS; a shard's last, partial step is dropped (record 1855)."""
+
+    def __init__(self, shards: Shards, cfg: Config, bos: int) -> None:
+        self.shards, self.cfg = shards, cfg
+        self.length = cfg.data.span + 1
+        self.starts, steps = [], []
+        for i, path in enumerate(shards.paths):
+            where = np.flatnonzero(shards.shard(i) == bos)
+            if len(where) == 0:
+                raise UserError(
+                    f"{path} has no BOS token (id {bos}), so no document can be found; prepare it with "
+                    f"data/prepare.py or set DOC_PACKING=0"
+                )
+            self.starts.append(int(where[0]))
+            steps.append((len(shards.shard(i)) - int(where[0])) // (self.length * cfg.data.spans))
+        self.ends = list(itertools.accumulate(steps))
+        if self.ends[-1] == 0:
+            raise UserError(
+                f"no training shard holds the {self.length * cfg.data.spans} tokens of one step; lower "
+                f"TRAIN_BATCH_TOKENS or prepare larger shards"
+            )
+
+    def span(self, step: int, index: int) -> np.ndarray:
+        """(span+1,) tokens: a pure function of the step, so any rank can ask for any span."""
+        step %= self.ends[-1]
+        i = next(k for k, end in enumerate(self.ends) if step < end)
+        within = step - (self.ends[i - 1] if i else 0)
+        at = self.starts[i] + (within * self.cfg.data.spans + index) * self.length
+        return self.shards.shard(i)[at : at + self.length]
+
+
+def make_spans(shards: Shards, cfg: Config, bos: int) -> StreamSpans | DocumentSpans:
+    if cfg.data.packing:
+        return DocumentSpans(shards, cfg, bos)
+    return StreamSpans(shards, cfg)
+
+
+def segment_bounds(tokens: np.ndarray, bos: int, longest: int) -> list[int]:
+    """Starts of the segments of (N,) tokens: at each BOS, and every `longest` tokens within a document."""
+    starts = np.flatnonzero(tokens == bos).tolist()
+    starts = starts if starts and starts[0] == 0 else [0, *starts]
+    edges = [*starts, len(tokens)]
+    return [cut for a, b in itertools.pairwise(edges) for cut in range(a, b, longest)]
+
+
+def packed(rows: list[np.ndarray], bos: int, longest: int) -> Batch:
+    """Rows of L+1 tokens -> one (1, rows*L) batch whose segments never cross a row or a document.
+
+    The boundaries end with N and are padded with N to a multiple of 64 entries, so that only a few
+    shapes are ever compiled (record 1855); every consumer tolerates the empty segments.
+    """
+    bounds, at = [], 0
+    for row in rows:
+        bounds += [at + b for b in segment_bounds(row[:-1], bos, longest)]
+        at += len(row) - 1
+    bounds += [at] * (64 - len(bounds) % 64)
+    inputs, targets = np.concatenate([r[:-1] for r in rows]), np.concatenate([r[1:] for r in rows])
+    return Batch(as_ids(inputs)[None], as_ids(targets)[None], torch.tensor(bounds, dtype=torch.int32))
+
+
+def as_rows(spans: list[np.ndarray], length: int) -> Batch:
+    """Spans of L+1 tokens -> (rows, length) inputs and targets, without segment boundaries."""
+    inputs, targets = np.concatenate([s[:-1] for s in spans]), np.concatenate([s[1:] for s in spans])
+    return Batch(as_ids(inputs).view(-1, length), as_ids(targets).view(-1, length), None)
+
+
+def as_ids(tokens: np.ndarray) -> Tensor:
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def to_device(batch: Batch, world: World) -> Batch:
+    """Asynchronous where the host memory is pinned."""
+    return Batch(*(t if t is None else t.to(world.device, non_blocking=True) for t in batch))
+
+
+class Loader:
+    """This rank's micro-batches of a step, with the next step prepared by a thread meanwhile.
+
+    The order of tokens is a pure function of the step: resuming needs the step alone, and 1, 2, 4 or
+    8 ranks, with however many micro-batches, see the same tokens in the same spans.
+    """
+
+    def __init__(self, cfg: Config, world: World, bos: int) -> None:
+        self.cfg, self.world, self.bos = cfg, world, bos
+        self.shards = Shards(Path(cfg.run.data), "train", cfg.model.vocab)
+        self.spans = make_spans(self.shards, cfg, bos)
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.ready: dict[int, Future] = {}
+
+    def host_batches(self, step: int) -> list[Batch]:
+        count = self.cfg.data.micro_batches(self.world.size)
+        each = self.cfg.data.spans // (self.world.size * count)
+        firsts = [(m * self.world.size + self.world.rank) * each for m in range(count)]
+        groups = [[self.spans.span(step, i) for i in range(first, first + each)] for first in firsts]
+        if self.cfg.data.packing:
+            batches = [packed(g, self.bos, self.cfg.data.seq_len) for g in groups]
+        else:
+            batches = [as_rows(g, self.cfg.data.seq_len) for g in groups]
+        pin = self.world.device.type == "cuda"
+        return [Batch(*(t.pin_memory() if pin and t is not None else t for t in b)) for b in batches]
+
+    def batches(self, step: int) -> list[Batch]:
+        future = self.ready.pop(step, None) or self.pool.submit(self.host_batches, step)
+        self.ready = {step + 1: self.pool.submit(self.host_batches, step + 1)}
+        return [to_device(b, self.world) for b in future.result()]
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+class Tokenizer(NamedTuple):
+    """What the score needs to know of a SentencePiece model: bytes per token, and who eats a space."""
+
+    bos: int
+    base_bytes: np.ndarray  # (V,) int64, UTF-8 bytes without the leading space
+    leading_space: np.ndarray  # (V,) bool
+    boundary: np.ndarray  # (V,) bool: control, unknown, unused; no space is charged after them
+    file_bytes: int
+    pieces: Callable[[list[int]], str]
+
+    def count_bytes(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes of source text that each target stands for, given the token before it (frontier 1.3)."""
+        return self.base_bytes[targets] + (self.leading_space[targets] & ~self.boundary[before])
+
+
+def load_tokenizer(cfg: Config) -> Tokenizer:
+    """Raises UserError when the file is missing, unreadable, or of another vocabulary."""
+    from sentencepiece import SentencePieceProcessor
+
+    path = Path(cfg.run.tokenizer)
+    if not path.is_file():
+        raise UserError(
+            f"TOKENIZER_PATH={path} does not exist; data/prepare.py and data/download.py make one"
+        )
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as e:
+        raise UserError(f"TOKENIZER_PATH={path} is not a SentencePiece model; fetch or train it again") from e
+    if sp.vocab_size() != cfg.model.vocab:
+        raise UserError(
+            f"VOCAB_SIZE={cfg.model.vocab}, but TOKENIZER_PATH={path} has {sp.vocab_size()} pieces; set "
+            f"VOCAB_SIZE={sp.vocab_size()}"
+        )
+    if sp.piece_to_id("▁") == sp.unk_id():
+        raise UserError(
+            f"TOKENIZER_PATH={path} has no bare ▁ piece, so spaces cannot be counted; train another"
+        )
+    ids = range(sp.vocab_size())
+    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    byte = np.array([sp.is_byte(i) for i in ids])
+    space = np.array([sp.id_to_piece(i).startswith("▁") for i in ids]) & ~silent & ~byte
+    text = np.array([len(sp.id_to_piece(i).removeprefix("▁").encode()) for i in ids], dtype=np.int64)
+    base = np.where(silent, 0, np.where(byte, 1, text))
+    return Tokenizer(sp.bos_id(), base, space, silent, path.stat().st_size, sp.decode)
+
+
+class Validation:
+    """The validation split, opened only when something is scored; every target but the first token's."""
+
+    def __init__(self, cfg: Config, tokenizer: Tokenizer) -> None:
+        shards = Shards(Path(cfg.run.data), "val", cfg.model.vocab)
+        self.tokens = shards.take(0, shards.total).astype(np.int64)
+        self.tokenizer = tokenizer
+        self.partial = 0 < cfg.scoring.max_tokens < len(self.tokens) - 1
+        if self.partial:
+            self.tokens = self.tokens[: cfg.scoring.max_tokens + 1]
+        if len(self.tokens) < 2:
+            raise UserError(
+                f"the validation split in DATA_PATH={cfg.run.data} holds {len(self.tokens)} tokens, want >= 2"
+            )
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
+    def target_bytes(self, start: int, stop: int) -> int:
+        """Source bytes of targets start..stop-1; target i is token i+1."""
+        counted = self.tokenizer.count_bytes(self.tokens[start:stop], self.tokens[start + 1 : stop + 1])
+        return int(counted.sum())
+
+    def order0_bpb(self) -> float:
+        """Bits per byte of a coder that knows only the frequencies of these tokens: the score to beat."""
+        counts = np.bincount(self.tokens[1:])
+        share = counts[counts > 0] / self.targets
+        bits = -float((share * np.log2(share)).sum())
+        return bits * self.targets / max(self.target_bytes(0, self.targets), 1)
+
+
+# ======================================================================================
+# 7. Kernels -- the plain form is the meaning, the fast form is the speed
+# uses:
+# ======================================================================================
+
+
+def segments(docs: Tensor) -> list[tuple[int, int]]:
+    """Non-empty (start, end) pairs of a boundary list."""
+    return [(a, b) for a, b in itertools.pairwise(docs.tolist()) if a < b]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B,T,H,K), (B,T,G,K) x2 -> (B,T,H,K), causal; query head h reads key head h // (H/G)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def attend_segments_ref(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Tensor:
+    """Causal attention that never leaves a segment: one SDPA call each. q (1,N,H,K), k and v (1,N,G,K)."""
+    return torch.cat([sdpa(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in segments(docs)], 1)
+
+
+@functools.cache
+def segment_operator() -> Callable:
+    """attend_segments_ref for CPUs as one opaque operator: its data-dependent loop fits a compiled block.
+
+    SDPA cannot be differentiated inside an operator, so this calls the two flash kernels under it.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    @torch.library.custom_op("golf::attend_segments", mutates_args=())
+    def attend(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [[t[:, a:b].transpose(1, 2) for t in (q, k, v)] for a, b in segments(docs)]
+        out, lse = zip(*(forward(*row, 0.0, True) for row in rows), strict=True)
+        return torch.cat(out, 2).transpose(1, 2).contiguous(), torch.cat(lse, 2).contiguous()
+
+    @torch.library.custom_op("golf::attend_segments_grad", mutates_args=())
+    def grads(g: Tensor, qkv: list[Tensor], y: Tensor, lse: Tensor, docs: Tensor) -> list[Tensor]:
+        found = []
+        for a, b in segments(docs):
+            row = [t[:, a:b].transpose(1, 2) for t in (g, *qkv, y)]
+            found.append(backward(*row, lse[:, :, a:b].contiguous(), 0.0, True))
+        return [torch.cat(parts, 2).transpose(1, 2).contiguous() for parts in zip(*found, strict=True)]
+
+    def keep(ctx: object, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    def differentiate(ctx: object, g: Tensor, _: Tensor) -> tuple:
+        q, k, v, docs, y, lse = ctx.saved_tensors
+        return *grads(g, [q, k, v], y, lse, docs), None
+
+    attend.register_fake(lambda q, k, v, docs: (q.new_empty(q.shape), wide(q.new_empty(1, *q.shape[2:0:-1]))))
+    grads.register_fake(lambda g, qkv, y, lse, docs: [t.new_empty(t.shape) for t in qkv])
+    attend.register_autograd(differentiate, setup_context=keep)
+    return lambda q, k, v, docs: attend(q, k, v, docs)[0]
+
+
+def attend_sdpa(
+    inside: Callable, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, longest: int
+) -> Tensor:
+    """Causal attention of whole rows, or `inside` segments. Only varlen kernels ask how long they get."""
+    return sdpa(q, k, v) if docs is None else inside(q, k, v, docs)
+
+
+def attend_flash(
+    kernels: tuple, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, longest: int
+) -> Tensor:
+    """FlashAttention 3 or 2 (Dao et al.), kernels = (dense, varlen); grouped key heads are not expanded."""
+    dense, varlen = kernels
+    if docs is None:
+        out = dense(q, k, v, causal=True)
+    else:
+        cu = {"cu_seqlens_q": docs, "cu_seqlens_k": docs, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        out = varlen(q[0], k[0], v[0], **cu, causal=True)
+    out = out[0] if type(out) is tuple else out  # early FA3 releases also return the log-sum-exp
+    return out.view(q.shape)
+
+
+def attend_torch(
+    varlen: Callable, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, longest: int
+) -> Tensor:
+    """torch.nn.attention.varlen, with its release's spelling of the options bound to it."""
+    if docs is None:
+        return sdpa(q, k, v)
+    if "enable_gqa" not in varlen.keywords:  # before 2.12 it cannot group heads
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    return varlen(q[0], k[0], v[0], docs, docs, longest, longest)[None]
+
+
+def pick_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+    """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA."""
+    inside = segment_operator() if device.type == "cpu" else attend_segments_ref
+    plain = functools.partial(attend_sdpa, inside)
+    if device.type != "cuda" or dtype == torch.float32:
+        return "sdpa", plain
+    with contextlib.suppress(ImportError):
+        from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+        if torch.cuda.get_device_capability(device)[0] == 9:
+            return "flash-attn-3", functools.partial(attend_flash, (flash_attn_func, flash_attn_varlen_func))
+    with contextlib.suppress(ImportError):
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        return "flash-attn-2", functools.partial(attend_flash, (flash_attn_func, flash_attn_varlen_func))
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
+
+        varlen = functools.partial(varlen_attn, **varlen_options(varlen_attn))
+        return "torch-varlen", functools.partial(attend_torch, varlen)
+    return "sdpa", plain
+
+
+def varlen_options(varlen: Callable) -> dict:
+    """How this torch release spells `causal` and `grouped key heads` (2.10: is_causal; 2.12: both new)."""
+    names = inspect.signature(varlen).parameters
+    causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
+
+
+def softcapped_nll_ref(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """hidden (N,D), weight (V,D), targets (N,) -> nats (N,): the meaning of every faster form."""
+    logits = wide(hidden @ weight.to(hidden.dtype).T)
+    return F.cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
+
+
+def softcapped_nll_and_grads(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float
+) -> tuple[Tensor, ...]:
+    """Nats (N,), their gradients by hidden (N,D), and the sum of their gradients by weight (V,D).
+
+    The cap bounds a logit, so exp(z - cap) can neither overflow nor, at cap <= 40, lose the sum: no
+    running maximum is needed (performance notes, section 3). The logits die with the call.
+    """
+    bent = torch.tanh(wide(hidden @ weight.T) / cap)
+    z = cap * bent
+    lse = torch.logsumexp(z, 1, keepdim=True)
+    hit = torch.arange(weight.shape[0], device=targets.device) == targets[:, None]
+    nll = lse[:, 0] - z.gather(1, targets[:, None])[:, 0]
+    slope = ((torch.exp(z - lse) - hit.to(z.dtype)) * (1 - bent * bent)).to(hidden.dtype)
+    return nll, slope @ weight, wide(slope.T @ hidden)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+@functools.cache
+def compiled_once(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def chunk_rows(rows: int, vocab: int) -> int:
+    """Rows whose float32 logits take about 16 MB (512 at V=8192: the fastest of those measured on a CPU)."""
+    return max(1, min(rows, (1 << 22) // vocab))
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """Linear layer, softcap and cross-entropy in one, never holding more than a chunk of logits.
+
+    The gradients are made while the logits are at hand, for an incoming gradient of one; the mean of
+    the nats asks for a constant one, so backward is a multiplication. Other gradients are exact too:
+    rows scale one by one, and only the weight's gradient is made a second time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: object, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, step: Callable
+    ) -> Tensor:
+        cast = weight.detach().to(hidden.dtype)
+        rows = chunk_rows(len(hidden), len(weight))
+        nll = hidden.new_empty(len(hidden), dtype=wide(hidden[:0]).dtype)
+        by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for at in range(0, len(hidden), rows):
+            part = slice(at, at + rows)
+            nll[part], by_hidden[part], more = step(hidden[part], cast, targets[part], cap)
+            by_weight += more
+        ctx.save_for_backward(by_hidden, by_weight, hidden, weight, targets)
+        ctx.cap, ctx.step = cap, step
+        return nll
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple:
+        by_hidden, by_weight, hidden, weight, targets = ctx.saved_tensors
+        if g.stride() == (0,) or bool((g == g[0]).all()):
+            by_weight = by_weight * g[0]
+        else:
+            by_weight = weighted_gradient(hidden, weight, targets, ctx.cap, g)
+        return by_hidden * g[:, None].to(by_hidden.dtype), by_weight, None, None, None
+
+
+def weighted_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, g: Tensor) -> Tensor:
+    """d sum(g * nats) / d weight, chunk by chunk, by plain autograd."""
+    leaf, rows = weight.detach().requires_grad_(), chunk_rows(len(hidden), len(weight))
+    total = torch.zeros_like(weight)
+    for at in range(0, len(hidden), rows):
+        part = slice(at, at + rows)
+        with torch.enable_grad():
+            nll = softcapped_nll_ref(hidden[part].detach(), leaf, targets[part], cap)
+        total += torch.autograd.grad(nll, leaf, g[part])[0]
+    return total
+
+
+def softcapped_nll(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, fast: bool) -> Tensor:
+    """hidden (N,D), weight (V,D), targets (N,) -> nats (N,) in float32; `fast` compiles the inner step."""
+    pick = compiled_once if fast else (lambda f: f)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return ChunkedNLL.apply(hidden, weight, targets, cap, pick(softcapped_nll_and_grads))
+    rows, cast = chunk_rows(len(hidden), len(weight)), weight.detach().to(hidden.dtype)
+    parts = [
+        pick(softcapped_nll_ref)(hidden[at : at + rows], cast, targets[at : at + rows], cap)
+        for at in range(0, len(hidden), rows)
+    ]
+    return torch.cat(parts)
+
+
+# ======================================================================================
+# 8. Storage -- how a tensor ships: decode(encode(w)) equals fake_quant(w), bit for bit
+# uses: Config
+# ======================================================================================
+
+Streams = dict[str, np.ndarray]  # what a codec makes of one tensor: stream name -> flat array
+
+
+@dataclass(frozen=True)
+class Half:
+    """float16, for gains, scales and whatever is too small to be worth more thought."""
+
+    @property
+    def name(self) -> str:
+        return "half"
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        return through(w, w.detach().half().to(w.dtype))
+
+    def encode(self, w: Tensor) -> Streams:
+        return {"half": w.detach().cpu().half().flatten().numpy()}
+
+    def decode(self, streams: Streams, shape: tuple[int, ...]) -> Tensor:
+        return torch.from_numpy(streams["half"].copy()).float().view(shape)
+
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+        """Stream name -> (numpy dtype, entries), which is all that decoding has to know."""
+        return {"half": ("<f2", math.prod(shape))}
+
+    def bits(self, shape: tuple[int, ...]) -> float:
+        """Expected size after compression; float16 noise does not compress."""
+        return 16.0 * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class IntRow:
+    """Symmetric integers with one float16 step per row (naive baseline; 6 and 8 bits).
+
+    step = clip / top, top = 2^(bits-1) - 1, clip = a percentile of |w| in the row. Rows are the first
+    dimension; a vector is one row.
+    """
+
+    bits_each: int
+    percentile: float = 100.0
+    floor: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits_each}"
+
+    @property
+    def top(self) -> int:
+        return 2 ** (self.bits_each - 1) - 1
+
+    def parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, ...) -> integers (R,C) and steps (R,1), both float32. A row of zeros has step 1."""
+        rows = w.detach().float().reshape(w.shape[0] if w.ndim > 1 else 1, -1)
+        if self.percentile < 100.0:
+            clip = torch.quantile(rows.abs(), self.percentile / 100.0, dim=1, keepdim=True)
+        else:
+            clip = rows.abs().amax(1, keepdim=True)
+        step = (clip / self.top).clamp_min(self.floor).half().float()
+        step = torch.where(step > 0, step, torch.ones_like(step))  # float16 may underflow (frontier trap 32)
+        return (rows / step).round().clamp(-self.top, self.top), step
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        q, step = self.parts(w)
+        return through(w, (q * step).view(w.shape).to(w.dtype))
+
+    def encode(self, w: Tensor) -> Streams:
+        q, step = self.parts(w.cpu())
+        return {"q": q.to(torch.int8).flatten().numpy(), "step": step.half().flatten().numpy()}
+
+    def decode(self, streams: Streams, shape: tuple[int, ...]) -> Tensor:
+        step = torch.from_numpy(streams["step"].copy()).float()[:, None]
+        q = torch.from_numpy(streams["q"].copy()).float().view(len(step), -1)
+        return (q * step).view(shape)
+
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+        return {"q": ("|i1", math.prod(shape)), "step": ("<f2", shape[0] if len(shape) > 1 else 1)}
+
+    def bits(self, shape: tuple[int, ...]) -> float:
+        """Expected size after brotli: a Gaussian row clipped at its maximum (about 3.7 sigma) loses
+        1.0 bit per weight of the nominal width to entropy coding (measured, performance notes 4)."""
+        return (self.bits_each - 0.9) * math.prod(shape) + 16.0 * self.sizes(shape)["step"][1]
+
+
+Codec = Half | IntRow
+
+
+def through(w: Tensor, quantised: Tensor) -> Tensor:
+    """Straight-through: the value of the quantised weight exactly, the gradient of the weight."""
+    return quantised if not w.requires_grad else StraightThrough.apply(w, quantised)
+
+
+class StraightThrough(torch.autograd.Function):
+    """w + (q - w) rounds; this returns q itself, so training sees the very bits that ship."""
+
+    @staticmethod
+    def forward(ctx: object, w: Tensor, quantised: Tensor) -> Tensor:
+        return quantised.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What the optimizer and the artifact need to know of a parameter, declared where it is made.
+
+    Tags live on modules (`module.tags = {"weight": Tag(...)}`): attributes of an nn.Parameter are
+    lost by deepcopy. Compare codecs by value, never by identity.
+    """
+
+    codec: Codec
+    optim: str  # "muon" | "embed" | "head" | "scalar"
+
+
+# The container of artifacts and checkpoints: 4 bytes magic, 1 byte version, 16 bytes of sha256 over
+# the rest, 4 bytes header length, header (JSON), payload. No pickle, no code, no padding.
+CONTAINER_HEAD = 4 + 1 + 16 + 4
+
+
+def pack_container(magic: bytes, version: int, header: bytes, payload: bytes) -> bytes:
+    rest = len(header).to_bytes(4, "little") + header + payload
+    return magic + bytes([version]) + hashlib.sha256(rest).digest()[:16] + rest
+
+
+def unpack_container(blob: bytes, magic: bytes, version: int, what: str) -> tuple[bytes, memoryview]:
+    """(header, payload), or UserError in words: not one, another version, cut short, or damaged."""
+    if len(blob) < CONTAINER_HEAD or blob[:4] != magic:
+        raise UserError(f"{what} is not one of ours: it begins with {bytes(blob[:4])!r}, want {magic!r}")
+    if blob[4] != version:
+        raise UserError(f"{what} has format version {blob[4]}, this program reads {version}")
+    if hashlib.sha256(memoryview(blob)[21:]).digest()[:16] != blob[5:21]:
+        raise UserError(f"{what} is truncated or damaged: its checksum does not match; copy it again")
+    length = int.from_bytes(blob[21:25], "little")
+    return bytes(blob[25 : 25 + length]), memoryview(blob)[25 + length :]
+
+
+# ======================================================================================
+# 9. Layers -- the parts that blocks are made of
+# uses: Config Schedule Storage
+# ======================================================================================
+
+
+class Ctx(NamedTuple):
+    """What a block may read besides x; built once per forward."""
+
+    tokens: Tensor  # (B,T) int64
+    docs: Tensor | None  # segment boundaries along B*T, or None
+    longest: int  # no segment is longer
+    phase: Phase
+    rope: tuple[Tensor, Tensor] | None = None  # cos, sin: (T, K/2); filled by the model
+
+
+class Out(NamedTuple):
+    """What every mixer, feed-forward and block returns."""
+
+    y: Tensor  # (B,T,D)
+    aux: dict[str, Tensor]  # unweighted scalar losses by name
+
+
+NO_AUX: dict[str, Tensor] = {}
+
+
+def add_aux(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum by name: each layer adds to the loss it shares with the others."""
+    return a | {name: a[name] + loss if name in a else loss for name, loss in b.items()}
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without weight."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def matrix_codec(cfg: Config) -> Codec:
+    return row_codec(cfg.export.matrix_bits, cfg)
+
+
+def embed_codec(cfg: Config) -> Codec:
+    return row_codec(cfg.export.embed_bits, cfg)
+
+
+def row_codec(bits: int, cfg: Config) -> Codec:
+    return Half() if bits == 16 else IntRow(bits, cfg.export.clip_percentile, cfg.export.scale_floor)
+
+
+class Proj(nn.Module):
+    """Every matrix multiply. Quantisation-aware training and export meet here and only here.
+
+    The weight is float32; it is cast to the activation's dtype where it is used, so there is no
+    autocast and a CPU runs the same lines. Initial weights: U(+-1/sqrt(n_in)), or zeros.
+    """
+
+    def __init__(self, n_in: int, n_out: int, tag: Tag, zero: bool = False) -> None:
+        super().__init__()
+        bound = 0.0 if zero else n_in**-0.5
+        self.weight = nn.Parameter(torch.empty(n_out, n_in).uniform_(-bound, bound))
+        self.tags = {"weight": tag}
+
+    def effective(self, phase: Phase) -> Tensor:
+        """(n_out, n_in): the weight, or what the artifact will hold of it."""
+        return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
+
+    def forward(self, x: Tensor, phase: Phase) -> Tensor:  # (..., n_in) -> (..., n_out)
+        return F.linear(x, self.effective(phase).to(x.dtype))
+
+
+class Embed(nn.Module):
+    """Token embedding. All activations follow its dtype; the weight itself stays float32."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        std = cfg.model.embed_std if cfg.model.tied else 1.0
+        self.weight = nn.Parameter(torch.empty(cfg.model.vocab, cfg.model.dim).normal_(0.0, std))
+        self.tags, self.dtype = {"weight": Tag(embed_codec(cfg), "embed")}, dtype
+
+    def effective(self, phase: Phase) -> Tensor:
+        return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
+
+    def forward(self, ctx: Ctx) -> Tensor:  # (B,T) -> (B,T,D)
+        return F.embedding(ctx.tokens, self.effective(ctx.phase)).to(self.dtype)
+
+
+def rope_table(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, dims/2) of position * base^(-2j/dims), made in float32, in `like`'s dtype.
+
+    Made anew in each forward: a table kept in a buffer is lost by meta construction, and 2 T K
+    operations are nothing beside attention.
+    """
+    j = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32)
+    angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * base ** (-j / dims)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """(B,T,H,K): turn the pairs (x_i, x_{i+K/2}) by the angles of their positions (Su et al., 2021)."""
+    cos, sin = (t[:, None, :] for t in rope)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+
+
+# ======================================================================================
+# 10. Mixers -- tokens meet here
+# uses: Config Storage Layers
+# ======================================================================================
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalised queries and keys and a learned gain per head."""
+
+    def __init__(self, cfg: Config, attend: Callable) -> None:
+        super().__init__()
+        self.cfg, self.attend = cfg, attend
+        width, tag = cfg.model.head_dim, Tag(matrix_codec(cfg), "muon")
+        self.c_q = Proj(cfg.model.dim, cfg.model.heads * width, tag)
+        self.c_k = Proj(cfg.model.dim, cfg.model.kv_heads * width, tag)
+        self.c_v = Proj(cfg.model.dim, cfg.model.kv_heads * width, tag)
+        self.proj = Proj(cfg.model.heads * width, cfg.model.dim, tag, zero=True)
+        self.q_gain = nn.Parameter(torch.full((cfg.model.heads,), cfg.model.qk_gain))
+        self.tags = {"q_gain": Tag(Half(), "scalar")}
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
+        heads = (*x.shape[:2], -1, self.cfg.model.head_dim)
+        q, k, v = (c(x, ctx.phase).view(heads) for c in (self.c_q, self.c_k, self.c_v))
+        q, k = rotate(norm(q), ctx.rope), rotate(norm(k), ctx.rope)
+        q = q * self.q_gain.to(q.dtype)[:, None]
+        y = self.attend(q, k, v, ctx.docs, ctx.longest)
+        return Out(self.proj(y.flatten(2), ctx.phase), NO_AUX)
+
+
+def make_mixer(cfg: Config, layer: int, attend: Callable) -> nn.Module:
+    """The one place where a layer's mixer is chosen."""
+    return Attention(cfg, attend)
+
+
+# ======================================================================================
+# 11. Feed-forward -- each token by itself
+# uses: Config Storage Layers
+# ======================================================================================
+
+
+class MLP(nn.Module):
+    """down(relu(up(x))^2) (So et al., 2021)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        tag = Tag(matrix_codec(cfg), "muon")
+        self.fc = Proj(cfg.model.dim, cfg.model.hidden, tag)
+        self.proj = Proj(cfg.model.hidden, cfg.model.dim, tag, zero=True)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
+        return Out(self.proj(F.relu(self.fc(x, ctx.phase)).square(), ctx.phase), NO_AUX)
+
+
+def make_ffn(cfg: Config, layer: int) -> nn.Module:
+    """The one place where a layer's feed-forward is chosen."""
+    return MLP(cfg)
+
+
+# ======================================================================================
+# 12. Model -- one forward for training, validation, evaluation and whoever comes later
+# uses: Config Schedule World Kernels Storage Layers Mixers Feed-forward
+# ======================================================================================
+
+
+class Plan(NamedTuple):
+    """Which layers are visited in which order: encoder outputs are skipped to the decoder, last first."""
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    @property
+    def skips(self) -> int:
+        return min(len(self.encoder), len(self.decoder))
+
+
+def layer_plan(cfg: Config, loops: int) -> Plan:
+    """The U-Net and depth recurrence as data. 9 layers: 0-3 down, 4-8 up; loops repeat first..last (2.8)."""
+    layers = list(range(cfg.model.layers))
+    if cfg.loop.on:
+        looped = layers[cfg.loop.first : cfg.loop.last + 1]
+        layers = layers[: cfg.loop.first] + looped * (loops + 1) + layers[cfg.loop.last + 1 :]
+    half = len(layers) // 2
+    return Plan(tuple(layers[:half]), tuple(layers[half:]))
+
+
+class Block(nn.Module):
+    """x <- mix(x, x0); x <- x + s_a * mixer(norm x); x <- x + s_m * ffn(norm x), all scales per channel."""
+
+    def __init__(self, cfg: Config, layer: int, attend: Callable) -> None:
+        super().__init__()
+        self.attn, self.mlp = make_mixer(cfg, layer, attend), make_ffn(cfg, layer)
+        self.attn_scale = nn.Parameter(torch.ones(cfg.model.dim))
+        self.mlp_scale = nn.Parameter(torch.ones(cfg.model.dim))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model.dim), torch.zeros(cfg.model.dim)]))
+        self.tags = dict.fromkeys(("attn_scale", "mlp_scale", "resid_mix"), Tag(Half(), "scalar"))
+
+    def forward(self, x: Tensor, x0: Tensor, ctx: Ctx) -> Out:  # (B,T,D) twice
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        a = self.attn(norm(x), ctx)
+        x = x + self.attn_scale.to(x.dtype) * a.y
+        m = self.mlp(norm(x), ctx)
+        return Out(x + self.mlp_scale.to(x.dtype) * m.y, add_aux(a.aux, m.aux))
+
+
+class GPT(nn.Module):
+    """The naive baseline's transformer (frontier 2.12), with optional depth recurrence."""
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        super().__init__()
+        self.cfg, self.fast = cfg, False
+        self.attention_name, attend = pick_attention(world.device, world.dtype)
+        self.embed = Embed(cfg, world.dtype)
+        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.model.layers))
+        skips = max(layer_plan(cfg, n).skips for n in (0, cfg.loop.count))
+        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model.dim))
+        self.tags = {"skip_weights": Tag(Half(), "scalar")}
+        if not cfg.model.tied:
+            self.head = Proj(cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head"), zero=True)
+
+    def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
+        """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
+        out = self.hidden(ctx)
+        weight = self.embed.effective(ctx.phase) if self.cfg.model.tied else self.head.effective(ctx.phase)
+        nll = softcapped_nll(
+            out.y.flatten(0, 1), weight, targets.flatten(), self.cfg.model.softcap, self.fast
+        )
+        return nll.view(targets.shape), out
+
+    def hidden(self, ctx: Ctx) -> Out:
+        """Embed, go down the encoder, come up the decoder with skips, normalise: (B,T) -> (B,T,D)."""
+        x0 = norm(self.embed(ctx))
+        x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
+        if ctx.docs is not None:  # as many boundaries as documents: the one shape that varies
+            torch._dynamo.mark_dynamic(ctx.docs, 0)
+        ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.model.head_dim, self.cfg.model.rope_base, x))
+        plan, kept, aux = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX
+        for layer in plan.encoder:
+            x, more = self.blocks[layer](x, x0, ctx)
+            kept, aux = [*kept, x], add_aux(aux, more)
+        for j, layer in enumerate(plan.decoder):
+            if j < plan.skips:
+                x = x + self.skip_weights[j].to(x.dtype) * kept[-1 - j]
+            x, more = self.blocks[layer](x, x0, ctx)
+            aux = add_aux(aux, more)
+        return Out(norm(x), aux)
+
+
+def make_model(cfg: Config, world: World) -> GPT:
+    """A freshly initialised model on the world's device, equal on every rank and on every device type.
+
+    Weights are drawn on the CPU, in order of declaration.
+    """
+    torch.manual_seed(cfg.budget.seed)
+    return GPT(cfg, world).to(world.device)
+
+
+def empty_model(cfg: Config, world: World) -> GPT:
+    """The model's shape without its memory, for counting and planning."""
+    with torch.device("meta"):
+        return GPT(cfg, world)
+
+
+def param_tags(model: nn.Module) -> dict[str, Tag]:
+    """Full parameter name -> Tag, in order of declaration. KeyError where a module forgot to declare one."""
+    return {
+        f"{path}.{name}" if path else name: module.tags[name]
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def param_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def activation_bytes(cfg: Config, world: World) -> int:
+    """Bytes that one micro-batch keeps for its backward, counted on the meta device without running it."""
+    kept: dict[int, Tensor] = {}  # by storage: a tensor saved by two operators is kept once
+
+    def note(t: Tensor) -> Tensor:
+        if not t.requires_grad or t.grad_fn is not None:  # weights are counted elsewhere
+            kept[t.untyped_storage()._cdata] = t
+        return t
+
+    rows = (
+        cfg.data.span * cfg.data.spans // (cfg.data.micro_batches(world.size) * world.size * cfg.data.seq_len)
+    )
+    tokens = torch.zeros(max(rows, 1), cfg.data.seq_len, dtype=torch.int64, device="meta")
+    ctx = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        empty_model(cfg, world).hidden(ctx)
+    logits = 3 * 4 * chunk_rows(tokens.numel(), cfg.model.vocab) * cfg.model.vocab
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) + logits
+
+
+def make_fast(model: GPT, world: World) -> GPT:
+    """Compile the blocks in place (one code object, one graph for all layers) and the loss's inner step.
+
+    In place keeps state_dict's names; regional compilation makes depth recurrence free (compile notes 1).
+    """
+    if (
+        world.compiling
+        and model.cfg.data.packing
+        and model.attention_name == "sdpa"
+        and world.device.type != "cpu"
+    ):
+        raise UserError(
+            "DOC_PACKING=1 finds no kernel for documents of any length here: want DTYPE=bfloat16 and "
+            "flash-attn or torch >= 2.10; or set COMPILE=0, which is slow"
+        )
+    if world.compiling:
+        torch._dynamo.config.recompile_limit = (
+            64  # kinds x qat x grad x shape; 8 is a hard error with fullgraph
+        )
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        model.fast = True
+    return model
+
+
+def probe(cfg: Config, world: World, dtype: torch.dtype, compiling: bool) -> float:
+    """Seconds for forward and backward of one block at the run's own micro-batch, best of two."""
+    trial = dataclasses.replace(world, dtype=dtype, compiling=compiling)
+    block = make_fast(make_model(cfg, trial), trial).blocks[0]
+    tokens = torch.zeros(max(1, 2048 // cfg.data.seq_len), cfg.data.seq_len, dtype=torch.int64)
+    x = torch.randn(*tokens.shape, cfg.model.dim, dtype=dtype, requires_grad=True)
+    rope = rope_table(tokens.shape[1], cfg.model.head_dim, cfg.model.rope_base, x)
+    ctx, seconds = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg), rope), []
+    deadline = time.perf_counter() + 0.5 + 60 * compiling
+    for trial_number in range(4):
+        begin = time.perf_counter()
+        block(x, x, ctx).y.float().square().mean().backward()
+        seconds.append(time.perf_counter() - begin)
+        if trial_number and time.perf_counter() > deadline:
+            break
+    return min(seconds[1:])
+
+
+def choose_speed(cfg: Config, world: World) -> World:
+    """Fill in the world's dtype and compile setting; on a CPU `auto` is decided by measurement."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if world.device.type == "cuda":
+        old = torch.cuda.get_device_capability(world.device)[0] < 8
+        if old and cfg.compute.dtype != "float32":
+            world.log("dtype:float32 this device has no bfloat16 arithmetic (compute capability below 8.0)")
+        dtype = torch.float32 if old else dtypes.get(cfg.compute.dtype, torch.bfloat16)
+        return dataclasses.replace(world, dtype=dtype, compiling=cfg.compute.compiling != "0")
+    choice = world.share(lambda: measured_choice(cfg, world, dtypes))
+    return dataclasses.replace(world, dtype=dtypes[choice[0]], compiling=choice[1])
+
+
+def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -> tuple[str, bool]:
+    """(dtype name, compile or not) for this CPU. Without a C++ compiler there is nothing to compile with."""
+    kinds = [cfg.compute.dtype] if cfg.compute.dtype != "auto" else list(dtypes)
+    modes = [cfg.compute.compiling == "1"] if cfg.compute.compiling != "auto" else [False, True]
+    if True in modes and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
+        if modes == [True]:
+            raise UserError(
+                "COMPILE=1 wants a C++ compiler on a CPU, and neither g++ nor clang++ is on the PATH; "
+                "install one or set COMPILE=0"
+            )
+        world.log("compile:0 no C++ compiler on the PATH")
+        modes = [False]
+    if len(kinds) * len(modes) == 1:
+        return kinds[0], modes[0]
+    seconds = {(k, c): probe(cfg, world, dtypes[k], c) for k in kinds for c in modes}
+    best = min(seconds, key=seconds.get)
+    world.log(
+        "cpu_probe:"
+        + " ".join(f"{k}_{'compiled' if c else 'eager'}:{s * 1000:.1f}ms" for (k, c), s in seconds.items())
+        + f" chosen:{best[0]}_compile{int(best[1])}"
+    )
+    return best
+
+
+# ======================================================================================
+# 13. Objective -- weighted sum of losses by name
+# uses: Config Data Layers Model Schedule
+# ======================================================================================
+
+
+def loss_weights(cfg: Config) -> dict[str, float]:
+    """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
+    return {"nll": 1.0}
+
+
+def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """(total, unweighted terms): means over the batch, in nats per token where they are likelihoods."""
+    nll, out = model(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, phase), batch.targets)
+    terms = {"nll": nll.mean(), **out.aux}
+    weights = loss_weights(cfg)
+    return sum(weights[name] * loss for name, loss in terms.items()), terms
+
+
+# ======================================================================================
+# 14. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
+# uses: Config Schedule World Model
+# ======================================================================================
+
+
+def orthogonalize(g: Tensor, steps: int) -> Tensor:
+    """(S,R,C) -> the nearest semi-orthogonal matrices, roughly: quintic Newton-Schulz (Jordan, Muon, 2024).
+
+    The coefficients maximise the slope at zero, and leave singular values in [0.47, 1.21].
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, then orthogonalisation; matrices of one shape go through it as one batch.
+
+    `ok` is a 0-d bool tensor: where it is False nothing changes, without asking the host.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], cfg: Config, world: World) -> None:
+        self.cfg, self.dtype = cfg, world.dtype
+        self.momentum = {name: torch.zeros_like(p) for name, p in params.items()}
+        self.stacks: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
+        for name, p in params.items():
+            self.stacks.setdefault(tuple(p.shape), []).append((name, p))
+
+    def step(self, phase: Phase, ok: Tensor) -> None:
+        for (rows, cols), members in self.stacks.items():
+            grads = torch.stack([p.grad for _, p in members])
+            old = torch.stack([self.momentum[name] for name, _ in members])
+            new = old * phase.momentum + grads
+            update = orthogonalize(
+                (grads + phase.momentum * new).to(self.dtype), self.cfg.optim.ns_steps
+            ).float()
+            rate = phase.lr * self.cfg.optim.matrix_lr * max(1.0, rows / cols) ** 0.5
+            update = torch.where(ok, rate * update, torch.zeros_like(update))
+            torch._foreach_sub_([p for _, p in members], list(update.unbind()))
+            torch._foreach_copy_(
+                [self.momentum[name] for name, _ in members], list(torch.where(ok, new, old).unbind())
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.momentum)
+
+
+class Optimizer:
+    """All parameter groups of a model. Rates come from the phase at every step, never from a stored group."""
+
+    def __init__(self, model: GPT, cfg: Config, world: World) -> None:
+        self.groups = group_params(model)
+        self.rates = {
+            "muon": cfg.optim.matrix_lr,
+            "scalar": cfg.optim.scalar_lr,
+            "head": cfg.optim.head_lr,
+            "embed": cfg.optim.tied_embed_lr if cfg.model.tied else cfg.optim.embed_lr,
+        }
+        self.muon = Muon(self.groups["muon"], cfg, world)
+        kinds = [kind for kind in self.groups if kind != "muon"]
+        betas = (cfg.optim.beta1, cfg.optim.beta2)
+        self.adam = torch.optim.Adam(
+            [{"params": list(self.groups[k].values()), "kind": k} for k in kinds],
+            lr=0.0,
+            betas=betas,
+            eps=cfg.optim.eps,
+            fused=True,
+        )
+        self.adam.grad_scale = None
+
+    @torch.no_grad()
+    def step(self, phase: Phase, ok: Tensor) -> None:
+        """One update of every group, or of none where `ok` (0-d bool) is False."""
+        self.muon.step(phase, ok)
+        for group in self.adam.param_groups:
+            group["lr"] = phase.lr * self.rates[group["kind"]]
+        self.adam.found_inf = (~ok).float()  # torch's own switch for a step that must not happen
+        self.adam.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor by name, for a checkpoint; the live tensors, not copies."""
+        out = {f"muon.{name}": t for name, t in self.muon.state().items()}
+        for kind, members in self.groups.items():
+            for name, p in members.items():
+                out |= {f"{kind}.{name}.{key}": t for key, t in self.adam.state.get(p, {}).items()}
+        return out
+
+    def prime(self) -> None:
+        """Make Adam allocate its moments without moving anything, so that `state` is whole before step 0."""
+        for group in self.adam.param_groups:
+            for p in group["params"]:
+                self.adam.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    def table(self) -> list[str]:
+        """Lines for the log: who trains what."""
+        return [
+            f"optimizer_group:{kind} algorithm:{'muon' if kind == 'muon' else 'adam'} lr:{self.rates[kind]} "
+            f"tensors:{len(members)} params:{sum(p.numel() for p in members.values())}"
+            for kind, members in self.groups.items()
+        ]
+
+
+def group_params(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
+    """Optimizer kind -> {name: parameter}: disjoint and complete, asserted. KeyError for a new kind."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "embed": {}, "head": {}, "scalar": {}}
+    params = dict(model.named_parameters())
+    for name, tag in param_tags(model).items():
+        groups[tag.optim][name] = params[name]
+    assert sorted(n for g in groups.values() for n in g) == sorted(params), (
+        "a parameter is in no group or in two"
+    )
+    assert all(p.ndim == 2 for p in groups["muon"].values()), "Muon orthogonalises matrices only"
+    return {kind: members for kind, members in groups.items() if members}
+
+
+class Average:
+    """Exponential moving average of the weights in float32, from the initial weights on (frontier 5.7)."""
+
+    def __init__(self, model: GPT, decay: float) -> None:
+        self.decay = decay
+        self.live = dict(model.named_parameters())
+        self.mean = {name: p.detach().clone() for name, p in self.live.items()} if decay > 0 else {}
+
+    @torch.no_grad()
+    def update(self, ok: Tensor) -> None:
+        if self.mean:
+            means = list(self.mean.values())
+            steps = torch._foreach_sub([self.live[name].detach() for name in self.mean], means)
+            torch._foreach_mul_(steps, (1.0 - self.decay) * ok.float())
+            torch._foreach_add_(means, steps)
+
+    @torch.no_grad()
+    def ship(self) -> None:
+        """Put the average in the place of the weights."""
+        for name, mean in self.mean.items():
+            self.live[name].copy_(mean)
+
+
+def reduce_gradients(model: GPT, loss: Tensor, world: World) -> Tensor:
+    """Average gradients, and the 0-d loss with them, over ranks in one collective.
+
+    Returns the norm of the averaged gradient, 0-d, equal on all ranks.
+
+    One flat buffer: 1.3 times faster than a call per parameter (compile notes 6), and immune to the
+    silent traps of DDP. A parameter that took no part in this step counts as zero.
+    """
+    params = list(model.parameters())
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads = [p.grad for p in params]
+    if world.size > 1:
+        every = [*grads, loss]
+        flat = world.mean_(torch.cat([t.flatten() for t in every]))
+        parts = flat.split([t.numel() for t in every])
+        torch._foreach_copy_(every, [part.view_as(t) for part, t in zip(parts, every, strict=True)])
+    return torch.stack(torch._foreach_norm(grads)).norm()
+
+
+def clip_gradients(model: GPT, norm: Tensor, limit: float) -> None:
+    """Scale the whole gradient to at most `limit`; after averaging, so alike on any number of ranks."""
+    if limit > 0:
+        torch._foreach_mul_([p.grad for p in model.parameters()], (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+# ======================================================================================
+# 15. Checkpoint -- two generations, each complete or absent; nothing is unpickled
+# uses: Config Journal Storage
+# ======================================================================================
+
+CHECKPOINT_MAGIC, CHECKPOINT_VERSION = b"PGCK", 1
+
+
+class Checkpoint(NamedTuple):
+    """All that a run needs to go on as if it had never stopped."""
+
+    meta: dict  # JSON: step, seconds, counters, knobs, hashes, rng
+    tensors: dict[str, Tensor]  # on the CPU
+
+
+def pack_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """Header: meta and [name, dtype, shape] rows; payload: the raw tensors in that order."""
+    rows = [
+        [name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in checkpoint.tensors.items()
+    ]
+    header = json.dumps({"meta": checkpoint.meta, "tensors": rows}).encode()
+    payload = b"".join(
+        t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for t in checkpoint.tensors.values()
+    )
+    return pack_container(CHECKPOINT_MAGIC, CHECKPOINT_VERSION, header, payload)
+
+
+def unpack_checkpoint(blob: bytes, what: str) -> Checkpoint:
+    header, payload = unpack_container(blob, CHECKPOINT_MAGIC, CHECKPOINT_VERSION, what)
+    header, tensors, at = json.loads(header), {}, 0
+    for name, kind, shape in header["tensors"]:
+        dtype = CHECKPOINT_DTYPES[kind]
+        size = math.prod(shape) * dtype.itemsize
+        flat = (
+            torch.frombuffer(bytearray(payload[at : at + size]), dtype=dtype)
+            if size
+            else torch.empty(0, dtype=dtype)
+        )
+        tensors[name], at = flat.view(shape), at + size
+    return Checkpoint(header["meta"], tensors)
+
+
+CHECKPOINT_DTYPES = {
+    str(t).removeprefix("torch."): t
+    for t in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+}
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Newest first. Temporary files of an interrupted save are not checkpoints."""
+    return sorted(folder.glob("step_*.ckpt"), reverse=True)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a new generation, read it back, and only then drop all but it and the one before.
+
+    Raises UserError when it cannot be written, or when what was read back is not what was written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make {folder}: {e.strerror}; choose another RUN_DIR") from e
+    blob, path = pack_checkpoint(checkpoint), folder / f"step_{checkpoint.meta['step']:09d}.ckpt"
+    write_atomic(path, blob)
+    if path.read_bytes() != blob:
+        raise UserError(
+            f"{path} does not read back as it was written; the disk is failing, use another RUN_DIR"
+        )
+    for old in checkpoint_files(folder)[2:]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
+    """The newest readable generation; None where none was ever written.
+
+    An unreadable one is named and the previous one used. When none can be read the run stops with
+    UserError: it never starts again at step 0 over somebody's work.
+    """
+    files = checkpoint_files(folder)
+    for path in files:
+        try:
+            return unpack_checkpoint(path.read_bytes(), str(path))
+        except UserError as e:
+            log(f"checkpoint_unreadable: {e}")
+    if files:
+        raise UserError(
+            f"none of the {len(files)} checkpoints in {folder} can be read; restore one, or set "
+            f"RESUME=0 OVERWRITE=1 to start again at step 0"
+        )
+    return None
+
+
+def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
+    """Raise UserError naming the knobs in which a checkpoint's run differs from this one."""
+    mine, theirs = identity(cfg), meta["knobs"]
+    differ = [
+        f"{env} (checkpoint {theirs.get(env)!r}, now {mine.get(env)!r})"
+        for env in sorted(set(mine) | set(theirs))
+        if mine.get(env) != theirs.get(env)
+    ]
+    if differ:
+        raise UserError(
+            f"the checkpoint belongs to another configuration: {', '.join(differ)}; set them back or "
+            f"choose another RUN_ID"
+        )
+    if meta["data"] != data:
+        raise UserError(
+            f"the checkpoint was trained on other shards than DATA_PATH={cfg.run.data} holds (fingerprint "
+            f"{meta['data']}, now {data}); bring them back or choose another RUN_ID"
+        )
+
+
+# ======================================================================================
+# 16. Train -- under rank 0's clock, and never past it
+# uses: Config Schedule World Clock Data Model Objective Optimizer Checkpoint
+# ======================================================================================
+
+
+@dataclass
+class TrainState:
+    """What training changes besides weights; everything here goes into a checkpoint."""
+
+    step: int = 0
+    skipped: int = 0
+    resumed: bool = False
+    finished: bool = False
+
+
+class Report(NamedTuple):
+    """Figures of a step, perhaps still on their way from the device."""
+
+    step: int
+    phase: Phase
+    figures: Tensor  # (3,) loss, gradient norm, ok
+    event: object | None  # CUDA event after the copy
+
+
+class Trainer:
+    """The things one training loop needs at hand, and nothing computed from them."""
+
+    def __init__(self, model: GPT, loader: Loader, cfg: Config, world: World, source: str) -> None:
+        self.model, self.loader, self.cfg, self.world, self.source = model, loader, cfg, world, source
+        self.optimizer = Optimizer(model, cfg, world)
+        self.optimizer.prime()
+        self.average = Average(model, cfg.optim.ema_decay)
+        self.state = TrainState()
+        self.clock, self.looping = Clock(cfg, world, 0.0), False
+        self.reports: deque[Report] = deque()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every live tensor that a step changes, by name."""
+        model = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        optimizer = {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+        return model | optimizer | {f"average.{name}": t for name, t in self.average.mean.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Copy saved values into the live tensors. KeyError where one is missing."""
+        for name, live in self.tensors().items():
+            live.copy_(tensors[name])
+
+
+def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
+    """One optimizer step over this rank's micro-batches.
+
+    Returns [loss, gradient norm, ok] as float32 on the device, averaged over ranks. A non-finite loss
+    or gradient leaves weights, moments and averages untouched, decided on the device and alike on
+    every rank.
+    """
+    loss = torch.zeros((), device=t.world.device)
+    t.model.zero_grad(set_to_none=True)
+    for batch in batches:
+        total, terms = objective(t.model, batch, phase, t.cfg)
+        (total / len(batches)).backward()
+        loss += terms["nll"].detach() / len(batches)
+    norm = reduce_gradients(t.model, loss, t.world)
+    ok = torch.isfinite(loss) & torch.isfinite(norm)
+    clip_gradients(t.model, norm, t.cfg.optim.clip)
+    t.optimizer.step(phase, ok)
+    t.average.update(ok)
+    return torch.stack([loss, norm, ok.float()])
+
+
+def warm_up(t: Trainer) -> None:
+    """Take real steps in every graph the run will meet, then put everything back as it was.
+
+    Undone: weights, moments, averages, and the random state; the loader has no state to undo.
+    """
+    if t.cfg.budget.warmup_steps == 0:
+        return
+    before = {name: live.clone() for name, live in t.tensors().items()}
+    rng = rng_state(t.world)
+    for phase in warm_phases(t.cfg):
+        for i in range(t.cfg.budget.warmup_steps):
+            train_step(t, t.loader.batches(i), phase)
+            t.world.journal.beat()
+            if i + 1 == t.cfg.budget.warmup_steps:
+                t.world.log(f"warmup_step:{i + 1}/{i + 1} loops:{phase.loops} qat:{int(phase.qat)}")
+    t.restore(before)
+    set_rng_state(rng, t.world)
+    t.model.zero_grad(set_to_none=True)
+
+
+def rng_state(world: World) -> list[str]:
+    """This rank's random state, as hex: host, then device."""
+    states = [torch.get_rng_state()]
+    if world.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(world.device))
+    return [bytes(s.numpy().tobytes()).hex() for s in states]
+
+
+def set_rng_state(states: list[str], world: World) -> None:
+    tensors = [torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8) for s in states]
+    torch.set_rng_state(tensors[0])
+    if world.device.type == "cuda" and len(tensors) > 1:
+        torch.cuda.set_rng_state(tensors[1], world.device)
+
+
+def save(t: Trainer) -> None:
+    """Checkpoint the run: every rank gives its random state, rank 0 writes. Raises UserError on all."""
+    flush_reports(t, keep=0)
+    meta = {
+        "step": t.state.step,
+        "skipped": t.state.skipped,
+        "finished": t.state.finished,
+        "resumed": t.state.resumed,
+        "seconds": t.clock.elapsed(),
+        "knobs": identity(t.cfg),
+        "config_hash": config_hash(t.cfg),
+        "data": t.loader.shards.fingerprint(),
+        "source_sha256": t.source,
+        "dtype": str(t.world.dtype).removeprefix("torch."),
+        "compiling": t.world.compiling,
+        "rng": t.world.gather(rng_state(t.world)),
+        "ledger": t.world.journal.ledger,
+    }
+    with t.world.journal.phase("checkpoint"):
+        t.world.share(lambda: save_checkpoint(t.world.run_dir / "checkpoints", Checkpoint(meta, t.tensors())))
+    t.world.log(f"checkpoint:saved step:{t.state.step} train_time:{t.clock.elapsed() * 1000:.0f}ms")
+
+
+def resume(t: Trainer, found: Checkpoint) -> None:
+    """Put the trainer where a checkpoint left it; the clock goes on from the seconds already spent."""
+    meta = found.meta
+    t.restore(found.tensors)
+    t.state = TrainState(meta["step"], meta["skipped"], True, meta["finished"])
+    t.clock = Clock(t.cfg, t.world, meta["seconds"])
+    t.world.journal.ledger.update(meta["ledger"])
+    t.world.journal.cut_trace(meta["step"])
+    if len(meta["rng"]) == t.world.size:
+        set_rng_state(meta["rng"][t.world.rank], t.world)
+    if meta["source_sha256"] != t.source:
+        t.world.log(
+            f"resume: the source has changed since the checkpoint ({meta['source_sha256'][:12]} then, "
+            f"{t.source[:12]} now)"
+        )
+    t.world.log(f"resumed:1 step:{t.state.step} train_time:{meta['seconds'] * 1000:.0f}ms")
+
+
+def train(t: Trainer, validate: Callable[[int, float], None]) -> bool:
+    """Run to ITERATIONS or to the last step that ends before the cap. True when done, False when interrupted.
+
+    `validate(step, train_ms)` is called every VAL_LOSS_EVERY steps, with the clock paused.
+    """
+    t.clock.start()
+    while not t.state.finished:
+        heard = t.clock.tick(t.state.step)
+        t.world.journal.beat("train")
+        t.state.finished = t.state.step >= t.cfg.budget.iterations or not t.clock.ends_in_time()
+        if t.state.finished or heard.stop:
+            break
+        if heard.save:
+            with t.clock.paused():
+                save(t)
+        take_step(t, Progress(t.state.step, heard.seconds))
+        if t.cfg.run.val_every and t.state.step % t.cfg.run.val_every == 0:
+            with t.clock.paused():
+                flush_reports(t, keep=0)
+                validate(t.state.step, t.clock.spent * 1000)
+    t.world.synchronize()
+    t.clock.drain()
+    t.clock.stop()
+    flush_reports(t, keep=0)
+    if t.state.step < t.cfg.budget.iterations and t.state.finished:
+        t.world.log(
+            f"stopping_early: wallclock_cap train_time:{t.clock.spent * 1000:.0f}ms "
+            f"step:{t.state.step}/{t.cfg.budget.iterations}"
+        )
+    return t.state.finished
+
+
+def take_step(t: Trainer, now: Progress) -> None:
+    """Step, count, and leave the figures on their way to the host; those of the step before are reported."""
+    phase = phase_at(now, t.cfg)
+    if phase.loops and not t.looping:
+        t.world.log(f"layer_loop:enabled step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
+    t.looping = phase.loops > 0
+    figures = train_step(t, t.loader.batches(t.state.step), phase)
+    event = torch.cuda.Event() if figures.is_cuda else None
+    host = figures.to("cpu", non_blocking=True)
+    if event is not None:
+        event.record()
+    t.reports.append(Report(t.state.step, phase, host, event))
+    t.state.step += 1
+    flush_reports(t, keep=1 if event is not None else 0)
+
+
+def flush_reports(t: Trainer, keep: int) -> None:
+    while len(t.reports) > keep:
+        report(t, t.reports.popleft())
+
+
+def report(t: Trainer, r: Report) -> None:
+    """Log, trace and count one finished step. Raises UserError after MAX_BAD_STEPS non-finite ones."""
+    if r.event is not None:
+        r.event.synchronize()
+    loss, norm, ok = r.figures.tolist()
+    done, total, spent = r.step + 1, t.cfg.budget.iterations, t.clock.elapsed()
+    t.world.journal.trace(step=r.step, loss=loss.hex(), lr=r.phase.lr.hex(), ok=int(ok))
+    if not ok:
+        t.state.skipped += 1
+        t.world.log(f"step:{done}/{total} skipped: loss {loss}, gradient norm {norm}")
+        if t.state.skipped >= t.cfg.budget.max_bad_steps:
+            raise UserError(
+                f"{t.state.skipped} steps were not finite (MAX_BAD_STEPS={t.cfg.budget.max_bad_steps}); "
+                f"lower the learning rates or set GRAD_CLIP_NORM"
+            )
+    expected = t.clock.projected_steps(done)
+    if done <= 10 or (t.cfg.run.log_every and done % t.cfg.run.log_every == 0):
+        t.world.log(
+            f"step:{done}/{total} train_loss:{loss:.4f} train_time:{spent * 1000:.0f}ms "
+            f"step_avg:{spent * 1000 / done:.2f}ms"
+        )
+    if done == 10:
+        t.world.log(f"projected_steps:{expected} step_ms:{statistics.median(t.clock.times) * 1000:.1f}")
+    speed = done * t.cfg.data.batch_tokens / max(spent, 1e-9)
+    t.world.journal.progress(done, expected, f"loss {loss:.4f} {speed:,.0f} tok/s, about {expected} steps")
+
+
+# ======================================================================================
+# 17. Export -- every parameter ships as its tag says, in one file that explains itself
+# uses: Config World Storage Model
+# ======================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
+SHAPE_SECTIONS = ("model", "loop", "export")  # whose knobs decide the forward, with the three below
+SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING")
+
+
+class Artifact(NamedTuple):
+    """A decoded artifact: the knobs that rebuild its model, its training config's hash, its weights."""
+
+    knobs: dict[str, str]
+    config_hash: str
+    tensors: dict[str, Tensor]
+    codecs: dict[str, str]
+
+
+def shape_knobs(cfg: Config) -> dict[str, str]:
+    """The knobs that decide what the weights mean, where they differ from their defaults."""
+    section = {env: name for env, (name, _) in all_knobs().items()}
+    return {
+        env: text
+        for env, text in changed_knobs(cfg).items()
+        if section[env] in SHAPE_SECTIONS or env in SHAPE_KNOBS
+    }
+
+
+def by_kind(name: str) -> tuple[str, list[int]]:
+    """Sort key that puts the same matrix of all layers side by side: `blocks.*.attn.c_q.weight`, layer."""
+    parts = name.split(".")
+    return ".".join(p for p in parts if not p.isdigit()), [int(p) for p in parts if p.isdigit()]
+
+
+def squeeze(data: bytes) -> bytes:
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def export(model: GPT, cfg: Config) -> bytes:
+    """The artifact: deterministic bytes. Streams of one kind stand together and are compressed as one."""
+    tags, params = param_tags(model), dict(model.named_parameters())
+    names = sorted(params, key=by_kind)
+    pools: dict[str, list[bytes]] = {}
+    for name in names:
+        codec = tags[name].codec
+        for stream, values in codec.encode(params[name]).items():
+            pools.setdefault(f"{codec.name}.{stream}", []).append(values.tobytes())
+    raw = {kind: b"".join(parts) for kind, parts in sorted(pools.items())}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        packed_streams = dict(zip(raw, pool.map(squeeze, raw.values()), strict=True))
+    header = {
+        "knobs": shape_knobs(cfg),
+        "config_hash": config_hash(cfg),
+        "tensors": [[name, tags[name].codec.name, list(params[name].shape)] for name in names],
+        "streams": [[kind, len(raw[kind]), len(packed_streams[kind])] for kind in raw],
+    }
+    if len(json.dumps(header["knobs"])) > 400:
+        raise UserError("the shape knobs of this model take over 400 bytes in the artifact; use fewer")
+    return pack_container(
+        ARTIFACT_MAGIC,
+        ARTIFACT_VERSION,
+        squeeze(json.dumps(header).encode()),
+        b"".join(packed_streams.values()),
+    )
+
+
+def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
+    """(header, payload). Raises UserError when the file is not an intact artifact of this version."""
+    import brotli
+
+    header, payload = unpack_container(blob, ARTIFACT_MAGIC, ARTIFACT_VERSION, what)
+    return json.loads(brotli.decompress(header)), payload
+
+
+def open_artifact(blob: bytes, cfg: Config, world: World, what: str) -> Artifact:
+    """Decode every tensor with the codecs of `cfg`. Raises UserError where file and model do not agree."""
+    import brotli
+
+    header, payload = read_artifact_header(blob, what)
+    shape = empty_model(cfg, world)
+    codecs = {name: tag.codec for name, tag in param_tags(shape).items()}
+    expected = {name: [codecs[name].name, list(p.shape)] for name, p in shape.named_parameters()}
+    held = {name: [codec, dims] for name, codec, dims in header["tensors"]}
+    wrong = [name for name in sorted({*expected, *held}) if expected.get(name) != held.get(name)]
+    if wrong:
+        raise UserError(
+            f"{what} belongs to another model: {wrong[0]} is {held.get(wrong[0])} there and "
+            f"{expected.get(wrong[0])} here ({len(wrong)} tensors differ)"
+        )
+    streams, at = {}, 0
+    for kind, _, size in header["streams"]:
+        streams[kind], at = memoryview(brotli.decompress(bytes(payload[at : at + size]))), at + size
+    tensors = {}
+    for name, _, dims in header["tensors"]:
+        parts = {}
+        for stream, (dtype, count) in codecs[name].sizes(tuple(dims)).items():
+            kind, size = f"{codecs[name].name}.{stream}", count * np.dtype(dtype).itemsize
+            parts[stream], streams[kind] = np.frombuffer(streams[kind][:size], dtype), streams[kind][size:]
+        tensors[name] = codecs[name].decode(parts, tuple(dims))
+    return Artifact(header["knobs"], header["config_hash"], tensors, {n: c.name for n, c in codecs.items()})
+
+
+def load(blob: bytes, cfg: Config, world: World, what: str) -> GPT:
+    """A fresh model holding what the artifact holds: the model that is scored. Raises UserError."""
+    model = empty_model(cfg, world)
+    tensors = open_artifact(blob, cfg, world, what).tensors
+    model.load_state_dict({name: t.to(world.device) for name, t in tensors.items()}, assign=True)
+    return make_fast(model, world)
+
+
+def artifact_env(path: Path, env: dict[str, str]) -> dict[str, str]:
+    """The environment with the artifact's own shape knobs filled in. Raises UserError where they clash."""
+    if not path.is_file():
+        raise UserError(f"ARTIFACT={path} does not exist; name a model.ptz that a run has written")
+    knobs = read_artifact_header(path.read_bytes(), str(path))[0]["knobs"]
+    merged = read_config({**knobs, **env})
+    ours = shape_knobs(merged)
+    clash = [
+        f"{k} (artifact {knobs.get(k, 'default')!r}, now {ours.get(k, 'default')!r})"
+        for k in sorted({*knobs, *ours})
+        if knobs.get(k) != ours.get(k) and k != "EVAL_SEQ_LEN"
+    ]
+    if clash:
+        raise UserError(
+            f"ARTIFACT={path} belongs to another configuration: {', '.join(clash)}; unset or match them"
+        )
+    return {**knobs, **env}
+
+
+def predicted_bytes(cfg: Config, world: World) -> int:
+    """Artifact size expected before training, from the codecs' own estimates."""
+    shape = empty_model(cfg, world)
+    params = dict(shape.named_parameters())
+    return int(sum(tag.codec.bits(tuple(params[name].shape)) for name, tag in param_tags(shape).items()) / 8)
+
+
+def scheme(cfg: Config) -> str:
+    """The artifact's codec in score tags: int8_brotli, int6_brotli, float16_brotli."""
+    return {16: "float16"}.get(cfg.export.matrix_bits, f"int{cfg.export.matrix_bits}") + "_brotli"
+
+
+# ======================================================================================
+# 18. Evaluate -- every target exactly once; bits per byte
+# uses: Config Schedule Journal World Data Layers Model Export
+# ======================================================================================
+
+
+class Score(NamedTuple):
+    """nats per token and bits per byte over the targets of the validation split."""
+
+    val_loss: float
+    val_bpb: float
+    tokens: int
+    bytes: int
+    seconds: float
+    partial: bool  # not the whole split: no score to show around
+
+    def line(self) -> str:
+        took = f"eval_time:{self.seconds * 1000:.0f}ms" + " partial" * self.partial
+        return f"val_loss:{self.val_loss:.8f} val_bpb:{self.val_bpb:.8f} {took}"
+
+
+def window_edges(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """(firsts, stops): window i reads the `length` tokens before stops[i] and scores targets from firsts[i].
+
+    The first window scores all it reads, the others their last `stride`; together each target once.
+    stride = length is plain scoring. Every window is equally long, so one graph serves them all.
+    """
+    first = min(length, targets)
+    stops = np.append(np.arange(first, targets, stride), targets) if targets > first else np.array([targets])
+    return np.concatenate([[0], stops[:-1]]), stops
+
+
+def rows_per_forward(width: int, cfg: Config, world: World) -> int:
+    """Windows in one evaluation forward of one rank: VAL_BATCH_TOKENS shared out as a training step is."""
+    return max(1, cfg.scoring.batch_tokens // (world.size * cfg.data.micro_batches(world.size) * width))
+
+
+@torch.no_grad()
+def warm_evaluation(model: GPT, bos: int, cfg: Config, world: World) -> None:
+    """Compile what scoring will run, on random tokens, before the clock starts; the random state is kept."""
+    if not world.compiling or cfg.budget.warmup_steps == 0:
+        return
+    targets = token_count(cfg, "val") - 1
+    targets = min(targets, cfg.scoring.max_tokens or targets)
+    width = min(cfg.eval_len, targets)
+    share = -(-len(window_edges(targets, width, width)[0]) // world.size)
+    rows = min(rows_per_forward(width, cfg, world), share)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab, (rows, width + 1), dtype=np.int64)
+    model.eval()
+    window_nll(model, list(tokens), bos, cfg, world)
+    model.train()
+
+
+@torch.no_grad()
+def score_windows(model: GPT, val: Validation, cfg: Config, world: World, edges: tuple) -> np.ndarray:
+    """Nats (float32) of this rank's targets, in stream order. `edges` are its own windows, contiguous."""
+    firsts, stops = edges
+    if len(firsts) == 0:
+        return np.zeros(0, np.float32)
+    width = min(cfg.eval_len, val.targets)
+    rows = min(rows_per_forward(width, cfg, world), len(firsts))
+    nats, times = np.zeros(stops[-1] - firsts[0], np.float32), np.zeros(stops[-1] - firsts[0], np.uint8)
+    for at in range(0, len(firsts), rows):
+        some = np.minimum(np.arange(at, at + rows), len(firsts) - 1)  # the last batch repeats its last window
+        nll = window_nll(
+            model, [val.tokens[stops[i] - width : stops[i] + 1] for i in some], val.tokenizer.bos, cfg, world
+        )
+        for row, i in enumerate(some[: len(firsts) - at]):
+            span = slice(firsts[i] - firsts[0], stops[i] - firsts[0])
+            nats[span] = nll[row, width - (stops[i] - firsts[i]) :]
+            times[span] += 1
+        world.journal.beat()
+    assert (times == 1).all(), "a target was scored twice or never"
+    return nats
+
+
+def window_nll(model: GPT, windows: list[np.ndarray], bos: int, cfg: Config, world: World) -> np.ndarray:
+    """Windows of L+1 tokens -> (rows, L) nats, by the model's one forward."""
+    width = len(windows[0]) - 1
+    batch = packed(windows, bos, cfg.eval_len) if cfg.data.packing else as_rows(windows, width)
+    batch = to_device(batch, world)
+    nll, _ = model(Ctx(batch.tokens, batch.docs, cfg.eval_len, final_phase(cfg)), batch.targets)
+    return nll.float().cpu().numpy().reshape(len(windows), width)
+
+
+def evaluate(model: GPT, val: Validation, stride: int, cfg: Config, world: World) -> tuple[Score, np.ndarray]:
+    """Score the whole split: (score, this rank's nats). Ranks take contiguous runs of windows."""
+    begin = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    firsts, stops = window_edges(val.targets, cfg.eval_len, stride)
+    mine = np.array_split(np.arange(len(firsts)), world.size)[world.rank]
+    nats = score_windows(model, val, cfg, world, (firsts[mine], stops[mine]))
+    covered = (int(firsts[mine[0]]), int(stops[mine[-1]])) if len(mine) else (0, 0)
+    sums = torch.tensor(
+        [nats.sum(dtype=np.float64), len(nats), val.target_bytes(*covered)], dtype=torch.float64
+    )
+    loss, tokens, bytes_ = world.sum_(sums).tolist()
+    assert tokens == val.targets, f"{tokens:.0f} targets were scored, the split has {val.targets}"
+    model.train(was_training)
+    bpb = loss / math.log(2) / max(bytes_, 1)
+    score = Score(loss / tokens, bpb, int(tokens), int(bytes_), time.perf_counter() - begin, val.partial)
+    return score, nats
+
+
+def write_nats(nats: np.ndarray, cfg: Config, world: World) -> None:
+    """NLL_PATH: the nats of every target in stream order, float32, for audits."""
+    if not cfg.run.nll_path:
+        return
+    parts = world.gather(nats)
+    if world.main:
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(parts).astype(np.float32))
+        write_atomic(Path(cfg.run.nll_path), buffer.getvalue())
+
+
+def score_artifact(blob: bytes, val: Validation, cfg: Config, world: World) -> dict[str, Score]:
+    """Load the artifact's bytes into a fresh model and score that; the declared score is logged last."""
+    model = load(blob, cfg, world, "the artifact")
+    strides = {"roundtrip": cfg.eval_len} | ({"sliding": cfg.scoring.stride} if cfg.scoring.sliding else {})
+    tags = {
+        "roundtrip": ("quantized", "roundtrip_exact"),
+        "sliding": ("quantized_sliding_window", "sliding_window_exact"),
+    }
+    scores = {}
+    for name in sorted(strides, key=lambda n: n == cfg.run.score):
+        with world.journal.phase(f"eval_{name}"):
+            scores[name], nats = evaluate(model, val, strides[name], cfg, world)
+        world.log(f"{tags[name][0]} {scores[name].line()}")
+        world.log(
+            f"final_{scheme(cfg)}_{tags[name][1]} val_loss:{scores[name].val_loss:.8f} "
+            f"val_bpb:{scores[name].val_bpb:.8f}"
+        )
+        if name == cfg.run.score:
+            write_nats(nats, cfg, world)
+    return scores
+
+
+# ======================================================================================
+# 19. Report -- what a run says of itself: log header, forecast, results.json, last table
+# uses: Config Journal World Data Model Train Export Evaluate
+# ======================================================================================
+
+
+class Facts(NamedTuple):
+    """The program itself: what is shipped as code, and what was read."""
+
+    source: str
+    sha256: str
+    code_bytes: int  # stat() of the file that runs
+    tokenizer_bytes: int
+
+
+def read_facts(tokenizer: Tokenizer) -> Facts:
+    """A packed program registers its unpacked source with linecache, where this finds it."""
+    source = "".join(linecache.getlines(read_facts.__code__.co_filename))
+    return Facts(
+        source,
+        hashlib.sha256(source.encode()).hexdigest(),
+        Path(__file__).stat().st_size,
+        tokenizer.file_bytes,
+    )
+
+
+def log_header(facts: Facts, cfg: Config, world: World) -> None:
+    """The source, the versions, and the lines that log readers of this field look for (rules 3.2)."""
+    journal = world.journal
+    journal.log(facts.source + "=" * 100, file_only=True)
+    journal.log(
+        f"Running Python {sys.version.split()[0]}\nRunning PyTorch {torch.__version__}", file_only=True
+    )
+    journal.log(
+        "\n".join(
+            f"knob:{env}={text}{' (changed)' if env in changed_knobs(cfg) else ''}"
+            for env, text in knob_values(cfg).items()
+        ),
+        file_only=True,
+    )
+    folder = Path(cfg.run.data)
+    shards = {split: list_shards(folder, split) for split in ("train", "val")}
+    device = (
+        torch.cuda.get_device_name(world.device)
+        if world.device.type == "cuda"
+        else platform.processor() or "cpu"
+    )
+    for line in (
+        f"run_dir:{world.run_dir} stage:{SOURCE_STAGE} source_sha256:{facts.sha256[:16]}",
+        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.run.tokenizer}",
+        f"train_loader:dataset:{folder.name} train_shards:{len(shards['train'])}",
+        f"val_loader:shards pattern={folder}/fineweb_val_*.bin tokens:{token_count(cfg, 'val') - 1}",
+        f"world_size:{world.size} grad_accum_steps:{cfg.data.micro_batches(world.size)} device:{device} "
+        f"dtype:{str(world.dtype).removeprefix('torch.')} compile:{int(world.compiling)}",
+        f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
+        f"iterations:{cfg.budget.iterations} warmup_steps:{cfg.budget.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.budget.seconds:.3f}",
+        f"seed:{cfg.budget.seed} config_hash:{config_hash(cfg)}",
+    ):
+        world.log(line)
+
+
+def log_plan(model: GPT, cfg: Config, world: World) -> None:
+    """What is about to be trained and what it should cost, before the first step."""
+    count = param_count(model)
+    # weights, gradients, and two moments each (Muon keeps one, and as much again in flight), the average
+    held = 4 * count * (4 + cfg.optim.ema_on)
+    kept = activation_bytes(cfg, world)
+    embed_lr = cfg.optim.tied_embed_lr if cfg.model.tied else cfg.optim.embed_lr
+    world.log(f"model_params:{count}")
+    world.log(
+        f"attention_mode:gqa num_heads:{cfg.model.heads} num_kv_heads:{cfg.model.kv_heads} "
+        f"backend:{model.attention_name}"
+    )
+    world.log(
+        f"tie_embeddings:{cfg.model.tied} embed_lr:{embed_lr} "
+        f"head_lr:{0.0 if cfg.model.tied else cfg.optim.head_lr} matrix_lr:{cfg.optim.matrix_lr} "
+        f"scalar_lr:{cfg.optim.scalar_lr}"
+    )
+    world.log(
+        f"forecast: params:{count} artifact_bytes:{predicted_bytes(cfg, world)} of {SIZE_LIMIT} "
+        f"peak_tensor_memory:{(held + kept) / 2**20:.0f} MiB (weights and moments {held / 2**20:.0f}, "
+        f"kept activations {kept / 2**20:.0f})"
+    )
+
+
+def log_sizes(blob: bytes, facts: Facts, world: World) -> None:
+    total = facts.code_bytes + len(blob)
+    header = read_artifact_header(blob, "the artifact")[0]
+    for kind, raw, size in header["streams"]:
+        world.log(f"stream:{kind} raw:{raw} bytes compressed:{size} bytes")
+    world.log(f"Code size: {facts.code_bytes} bytes")
+    world.log(f"Serialized model quantized+brotli: {len(blob)} bytes")
+    world.log(f"Total submission size quantized+brotli: {total} bytes")
+    if total > SIZE_LIMIT:
+        world.log(
+            f"over_budget: {total - SIZE_LIMIT} bytes above {SIZE_LIMIT}; lower MATRIX_BITS, EMBED_BITS, or "
+            f"train a smaller model"
+        )
+
+
+def compile_cache_state(world: World) -> str:
+    """Whether compilation found its results on disk: cold, warm, or none where nothing was compiled."""
+    if not world.compiling:
+        return "none"
+    hits = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
+    return "warm" if hits else "cold"
+
+
+def foreign_files() -> list[str]:
+    """Imported Python files that are neither this program, the standard library, nor installed packages."""
+    homes = (
+        sysconfig.get_paths()["stdlib"],
+        sysconfig.get_paths()["purelib"],
+        sysconfig.get_paths()["platlib"],
+    )
+    files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} - {None, __file__}
+    return sorted(
+        f
+        for f in files
+        if not f.startswith(homes) and f.endswith(".py") and Path(f).resolve() != Path(__file__).resolve()
+    )
+
+
+def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
+    """results.json, all but the bytes: every number a record needs, measured here and now."""
+    seconds = t.clock.spent if t else 0.0
+    steps = t.state.step if t else 0
+    return {
+        "run_id": cfg.run.id or world.run_dir.name,
+        "config": knob_values(cfg),
+        "config_hash": config_hash(cfg),
+        "seed": cfg.budget.seed,
+        "world_size": world.size,
+        "device": str(world.device),
+        "dtype": str(world.dtype),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "stage": SOURCE_STAGE,
+        "source_sha256": facts.sha256,
+        "steps": steps,
+        "train_tokens": steps * cfg.data.batch_tokens,
+        "train_seconds": seconds,
+        "tokens_per_second": steps * cfg.data.batch_tokens / seconds if seconds else 0.0,
+        "params": param_count(empty_model(cfg, world)),
+        "score": cfg.run.score,
+        "scores": {name: score._asdict() for name, score in scores.items()},
+        "phases": [{"name": k, "seconds": v} for k, v in world.journal.ledger.items()],
+        "resumed": bool(t and t.state.resumed),
+        "skipped_steps": t.state.skipped if t else 0,
+        "compile_cache": compile_cache_state(world),
+        "process_seconds": time.perf_counter() - world.journal.started,
+        "tokenizer_bytes": {"bytes": facts.tokenizer_bytes, "note": "not counted by precedent"},
+        "extra_files_imported": foreign_files(),
+        "system_binaries": [],
+        "peak_memory_bytes": world.peak_bytes()[0],
+    }
+
+
+def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: World) -> None:
+    """Trace, results.json, and the table that a person reads."""
+    total = facts.code_bytes + len(blob)
+    results["bytes"] = {"code": facts.code_bytes, "model": len(blob), "total": total, "limit": SIZE_LIMIT}
+    results["order0_bpb"] = val.order0_bpb()
+    for name, score in results["scores"].items():
+        world.journal.trace(
+            score=name, val_loss=score["val_loss"].hex(), tokens=score["tokens"], bytes=score["bytes"]
+        )
+    allocated, reserved = (b / 2**20 for b in world.peak_bytes())
+    world.log(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
+    if world.main:
+        write_atomic(world.run_dir / "results.json", json.dumps(results, indent=1).encode())
+    scores = results["scores"]
+    rows = [("steps", f"{results['steps']:,}"), ("tokens per second", f"{results['tokens_per_second']:,.0f}")]
+    rows += [
+        (f"bits per byte, {name}", f"{s['val_bpb']:.4f}{' (partial)' if s['partial'] else ''}")
+        for name, s in scores.items()
+    ]
+    rows += [
+        ("order-0 entropy of its tokens", f"{results['order0_bpb']:.4f}"),
+        ("bytes of code", f"{facts.code_bytes:,}"),
+        ("bytes of weights", f"{len(blob):,}"),
+        (f"bytes left of {SIZE_LIMIT:,}", f"{SIZE_LIMIT - total:,}"),
+        ("files", str(world.run_dir)),
+    ]
+    world.log("\n".join(f"  {name:<32}{value:>16}" for name, value in rows))
+
+
+# ======================================================================================
+# 20. Main -- the story on one page
+# uses: Config Journal World Clock Data Model Checkpoint Train Export Evaluate Report
+# ======================================================================================
+
+
+def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> Trainer:
+    """A trainer at step 0, or where the newest readable checkpoint left it."""
+    folder = world.run_dir / "checkpoints"
+    found = world.share(lambda: load_checkpoint(folder, world.log)) if cfg.run.resume else None
+    loader = Loader(cfg, world, tokenizer.bos)
+    if found:
+        refuse_other_run(found.meta, cfg, loader.shards.fingerprint())
+        world = dataclasses.replace(
+            world, dtype=CHECKPOINT_DTYPES[found.meta["dtype"]], compiling=found.meta["compiling"]
+        )
+    else:
+        world = choose_speed(cfg, world)
+        if cfg.run.resume:
+            world.log(f"resume: no checkpoint in {folder} yet; starting at step 0")
+    model = make_fast(make_model(cfg, world), world)
+    t = Trainer(model, loader, cfg, world, facts.sha256)
+    log_header(facts, cfg, world)
+    log_plan(model, cfg, world)
+    for line in t.optimizer.table():
+        world.log(line)
+    with world.journal.phase("warmup"):
+        warm_up(t)
+        warm_evaluation(model, tokenizer.bos, cfg, world)
+    if found:
+        resume(t, found)
+    return t
+
+
+def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> bytes | None:
+    """Train, save, export: the artifact's bytes, or None when the run was asked to stop."""
+    cfg, world = t.cfg, t.world
+
+    def validate(step: int, train_ms: float) -> None:
+        with world.journal.phase("validate"):
+            score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world)
+        world.log(
+            f"step:{step}/{cfg.budget.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
+            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
+        )
+        world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
+
+    with stop_on_signal(t.clock), world.journal.phase("train"):
+        done = train(t, validate)
+        save(t)
+    world.journal.close_bar()
+    t.loader.close()
+    if not done:
+        world.log(f"interrupted: saved at step {t.state.step}; RESUME=1 RUN_DIR={world.run_dir} continues")
+        return None
+    t.average.ship()
+    with world.journal.phase("export"):
+        blob = world.share(lambda: ship(t.model, cfg, world))
+    log_sizes(blob, facts, world)
+    return blob
+
+
+def ship(model: GPT, cfg: Config, world: World) -> bytes:
+    """Write model.ptz and return what is on the disk."""
+    write_atomic(world.run_dir / "model.ptz", export(model, cfg))
+    blob = (world.run_dir / "model.ptz").read_bytes()
+    world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
+    return blob
+
+
+def score_only(facts: Facts, val: Callable[[], Validation], cfg: Config, world: World) -> int:
+    """EVAL_ONLY=1: score an artifact that some run has written."""
+    world = choose_speed(cfg, world)
+    blob = Path(cfg.run.artifact or world.run_dir / "model.ptz").read_bytes()
+    log_header(facts, cfg, world)
+    log_sizes(blob, facts, world)
+    scores = score_artifact(blob, val(), cfg, world)
+    finish(results_of(None, scores, facts, cfg, world), blob, val(), facts, world)
+    return 0
+
+
+def story(cfg: Config, world: World) -> int:
+    """Train, ship, load what was shipped, score it. Returns the exit status."""
+    tokenizer = load_tokenizer(cfg)
+    facts, val = read_facts(tokenizer), functools.cache(lambda: Validation(cfg, tokenizer))
+    if cfg.run.eval_only:
+        return score_only(facts, val, cfg, world)
+    t = open_trainer(facts, tokenizer, cfg, world)
+    blob = train_and_ship(t, val, facts)
+    if blob is None:
+        return 128 + signal.SIGTERM
+    with t.world.journal.phase("eval_pre_quant"):
+        before, _ = evaluate(t.model, val(), cfg.eval_len, cfg, t.world)
+    t.world.log(f"pre-quantization post-ema {before.line()}")
+    scores = {"pre_quant": before, **score_artifact(blob, val(), cfg, t.world)}
+    finish(results_of(t, scores, facts, cfg, t.world), blob, val(), facts, t.world)
+    return 0
+
+
+def run(env: dict[str, str]) -> int:
+    """Read the configuration, join the world, tell the story. Raises UserError."""
+    if parse(env.get("EVAL_ONLY", "0"), bool):
+        env = artifact_env(Path(env.get("ARTIFACT") or Path(env.get("RUN_DIR", "")) / "model.ptz"), env)
+    cfg, doubts = read_config(env), near_misses(env)
+    if cfg.run.strict and doubts:
+        raise UserError("; ".join(doubts))
+    world = open_world(cfg, env)
+    for doubt in doubts:
+        world.log(f"warning: {doubt}")
+    try:
+        with watchdog(world, cfg.compute.dist_timeout):
+            return story(cfg, world)
+    except UserError as e:
+        world.journal.log(f"error: {e}", file_only=True)
+        raise
+    finally:
+        close_world(world)
+
+
+def thawed(env: dict[str, str]) -> dict[str, str]:
+    """The environment with the frozen knobs of a built program. Raises UserError where they clash."""
+    clash = [
+        f"{k} is frozen to {v!r}, the environment says {env[k]!r}"
+        for k, v in FROZEN.items()
+        if env.get(k, v) != v
+    ]
+    if clash:
+        raise UserError(
+            f"this program was built for another environment: {'; '.join(clash)}; unset or rebuild"
+        )
+    return {**env, **FROZEN}
+
+
+def command(env: dict[str, str], words: list[str]) -> int:
+    """Do what the command line asks for; without words, the run. Returns the exit status."""
+    if words not in ([], ["--knobs"], ["--params"]):
+        raise UserError(
+            f"unknown words {' '.join(words)!r}; want --knobs, --params or none (knobs are variables)"
+        )
+    if words == ["--knobs"]:
+        print(knob_table())
+        return 0
+    if words == ["--params"]:
+        alone = World(0, 1, torch.device("cpu"), torch.float32, False, Journal(None), Path())
+        print(f"model_params:{param_count(empty_model(read_config(env), alone))}")
+        return 0
+    return run(env)
+
+
+def main() -> None:
+    try:
+        sys.exit(command(thawed(dict(os.environ)), sys.argv[1:]))
+    except UserError as e:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

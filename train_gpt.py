@@ -720,9 +720,9 @@ class World:
         """Most memory allocated and reserved so far: device memory on CUDA, resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        status = Path("/proc/self/status")  # getrusage would also count the parent before the exec
+        lines = status.read_text().splitlines() if status.exists() else []
+        peak = max((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), default=0)
         return peak, peak
 
 
@@ -1303,11 +1303,64 @@ def segment_operator() -> Callable:
     return lambda q, k, v, docs: attend(q, k, v, docs)[0]
 
 
-def attend_sdpa(
-    inside: Callable, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, longest: int
-) -> Tensor:
-    """Causal attention of whole rows, or `inside` segments. Only varlen kernels ask how long they get."""
-    return sdpa(q, k, v) if docs is None else inside(q, k, v, docs)
+class BlockedAttention(torch.autograd.Function):
+    """sdpa for compiled CPU blocks: its flash forward, and a backward by blocks of 128 queries.
+
+    torch's own bfloat16 backward takes 6 times its forward there; this one, fused by the compiler, 3.5
+    times (records/bench/cpu_train.md). Dao et al., FlashAttention-2, algorithm 2, with one loop unrolled.
+    """
+
+    @staticmethod
+    def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (t.transpose(1, 2) for t in (q, k, v))
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, True)
+        ctx.save_for_backward(q, k, v, y.transpose(1, 2), lse)
+        return y.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, y, lse = ctx.saved_tensors
+        grouped = (q.shape[0], q.shape[1], k.shape[2], -1, q.shape[3])  # B, T, G, H/G, K
+        over = (wide(g) * wide(y)).sum(-1, keepdim=True).view(*grouped[:4], 1)
+        rows = [t.reshape(grouped).permute(0, 2, 3, 1, 4) for t in (q, g)] + [over.permute(0, 2, 3, 1, 4)]
+        rows.append(lse.reshape(rows[2].shape))
+        keys = [t.transpose(1, 2).flatten(0, 1) for t in (k, v)]  # (B*G, T, K)
+        by_query, by_key = [], [torch.zeros_like(t, dtype=torch.float32) for t in keys]
+        for a in range(0, q.shape[1], 128):
+            b = min(a + 128, q.shape[1])
+            block = [t[:, :, :, a:b].flatten(0, 1).flatten(1, 2) for t in rows]
+            dq, dk, dv = block_gradients(block, [t[:, :b] for t in keys], a)
+            by_query.append(dq.view(*rows[0].shape[:3], b - a, -1))
+            by_key[0][:, :b] += dk
+            by_key[1][:, :b] += dv
+        dk, dv = (t.to(q.dtype).view(k.shape[0], k.shape[2], *t.shape[1:]).transpose(1, 2) for t in by_key)
+        return torch.cat(by_query, 3).permute(0, 3, 1, 2, 4).reshape(q.shape), dk, dv
+
+
+def block_gradients(block: list[Tensor], keys: list[Tensor], first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a block of queries at positions first.. and of the keys and values up to its end.
+
+    block: queries, incoming gradients (S, R*L, K), row sums of gradient times output, log-sum-exps
+    (S, R*L, 1), R heads one after another; keys: keys, values (S, b, K).
+    """
+    (q, g, over, lse), (k, v) = block, keys
+    length, scale = k.shape[1] - first, q.shape[-1] ** -0.5
+    at = torch.arange(first, k.shape[1], device=q.device).repeat(q.shape[1] // length)
+    seen = at[:, None] >= torch.arange(k.shape[1], device=q.device)
+    p = torch.where(seen, torch.exp(wide(q @ k.mT) * scale - lse), 0.0)
+    slope = (p * (wide(g @ v.mT) - over) * scale).to(q.dtype)
+    return slope @ k, wide(slope.mT @ q), wide(p.to(q.dtype).mT @ g)
+
+
+def attend_blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """sdpa by blocks up to 1,024 tokens; beyond, unrolling costs more compilation than it saves time."""
+    return BlockedAttention.apply(q, k, v) if q.shape[1] <= 1024 else sdpa(q, k, v)
+
+
+def attend_sdpa(kernels: tuple, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, longest: int) -> Tensor:
+    """Causal attention by kernels = (whole rows, segments); neither asks how long a segment gets."""
+    rows, inside = kernels
+    return rows(q, k, v) if docs is None else inside(q, k, v, docs)
 
 
 def attend_flash(
@@ -1335,11 +1388,14 @@ def attend_torch(
     return varlen(q[0], k[0], v[0], docs, docs, longest, longest)[None]
 
 
-def pick_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+def pick_attention(device: torch.device, dtype: torch.dtype, compiling: bool) -> tuple[str, Callable]:
     """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA."""
-    inside = segment_operator() if device.type == "cpu" else attend_segments_ref
-    plain = functools.partial(attend_sdpa, inside)
-    if device.type != "cuda" or dtype == torch.float32:
+    if device.type == "cpu":
+        blocked = compiling and dtype == torch.bfloat16  # in float32 torch's backward is as good
+        kernels = (attend_blocked if blocked else sdpa, segment_operator())
+        return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
+    plain = functools.partial(attend_sdpa, (sdpa, attend_segments_ref))
+    if dtype == torch.float32:
         return "sdpa", plain
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
@@ -1817,7 +1873,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, world: World) -> None:
         super().__init__()
         self.cfg, self.fast = cfg, False
-        self.attention_name, attend = pick_attention(world.device, world.dtype)
+        self.attention_name, attend = pick_attention(world.device, world.dtype, world.compiling)
         self.embed = Embed(cfg, world.dtype)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.model.layers))
         skips = max(layer_plan(cfg, n).skips for n in (0, cfg.loop.count))

@@ -756,11 +756,12 @@ def check_same_request(out: Path, old: dict[str, Any], new: dict[str, Any]) -> N
         )
 
 
-def check_fresh_folder(out: Path, model: bytes | None) -> None:
-    """Raise InputError where `out`, without a manifest, holds files that the run would mix with its own."""
-    strange = sorted(path.name for path in out.glob("fineweb_*.bin"))
+def check_fresh_folder(out: Path, model: bytes | None, manifest: dict[str, Any] | None) -> None:
+    """Raise InputError where `out` holds files, not of `manifest`, that the run would mix with its own."""
+    own = made_files(out, manifest) if manifest is not None else []
+    strange = sorted(path.name for path in out.glob("fineweb_*.bin") if path not in own)
     tokenizer = out / TOKENIZER
-    if not strange and tokenizer.exists() and tokenizer.read_bytes() != model:
+    if not strange and tokenizer not in own and tokenizer.exists() and tokenizer.read_bytes() != model:
         strange = [TOKENIZER]
     if strange:
         raise InputError(
@@ -911,15 +912,14 @@ def start_or_resume(
     """
     request = make_request(settings, source, model)
     manifest = read_manifest(settings.out)
-    if manifest is not None and settings.force:
-        remove_made(settings.out, manifest)
-        manifest = None
-    if manifest is not None:
+    if manifest is not None and not settings.force:
         check_same_request(settings.out, manifest["request"], request)
         return resume(settings, source, manifest, model)
-    check_fresh_folder(settings.out, model)
+    check_fresh_folder(settings.out, model, manifest)
     check_enough_documents(source, request["val_docs"], settings.max_docs)
     model = model or train_on_source(settings, source, request["val_docs"])
+    if manifest is not None:
+        remove_made(settings.out, manifest)
     manifest = new_manifest(request, model)
     settings.out.mkdir(parents=True, exist_ok=True)
     # The manifest first: it is what tells a later run that a tokenizer.model in this folder is its own.

@@ -33,11 +33,11 @@ GROUPS = {
     "chapters and data": (180, "chapters scripts config schedule world data prepare download readme"),
     "builder": (300, "submission"),
     "kernels": (180, "kernels storage bitpacking"),
-    "models": (180, "layers mixers feedforward memory model optimizer train objective"),
-    "evaluation": (180, "export evaluate causality legality"),
+    "models": (180, "layers mixers feedforward memory model optimizer train objective compile"),
+    "evaluation": (180, "export evaluate output causality legality"),
     "distillation": (120, "teachers distillation"),
     "records": (120, "records audit sweep"),
-    "robustness": (120, "robustness checkpoint resume dependencies regressions ranks"),
+    "robustness": (120, "robustness checkpoint resume faults bad_input dependencies regressions ranks"),
 }
 GROUP_OF = {f"test_{name}.py": group for group, (_, names) in GROUPS.items() for name in names.split()}
 

@@ -259,13 +259,18 @@ def test_killed_download_leaves_nothing_half_done(hub, tmp_path):
     assert len(local_files(out)) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "magic", "content"])
+@pytest.mark.parametrize("damage", ["cut", "magic", "other size", "content"])
 def test_bad_files_already_there(hub, tmp_path, damage):
     out = tmp_path / "data"
     assert fetch(hub, tmp_path, "sp1024", "--train-shards", "1").returncode == 0
     shard = shard_path(out, "fineweb_train_000000.bin")
     good = shard.read_bytes()
-    bad = {"cut": good[:-100], "magic": b"\0\0\0\0" + good[4:], "content": good[:-2] + b"\7\7"}[damage]
+    bad = {
+        "cut": good[:-100],
+        "magic": b"\0\0\0\0" + good[4:],
+        "other size": make_shard(800),
+        "content": good[:-2] + b"\7\7",
+    }[damage]
     shard.write_bytes(bad)
     hub.requests.clear()
     result = fetch(hub, tmp_path, "sp1024", "--train-shards", "1")

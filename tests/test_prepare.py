@@ -320,6 +320,19 @@ def test_compressed_sources_are_the_same_documents(tmp_path):
             list(prepare.documents(prepare.open_source(str(path))))
 
 
+def test_cut_file_is_told_at_the_end_of_a_line_too(tmp_path):
+    import zstandard
+
+    compress = zstandard.ZstdCompressor().compress
+    lines = b'{"text": "a"}\n' * 9
+    path = tmp_path / "docs.jsonl.zst"
+    path.write_bytes(compress(lines) + compress(lines)[:-3])
+    with pytest.raises(prepare.DataError, match="cut off after line 9 "):
+        list(prepare.documents(prepare.open_source(str(path))))
+    path.write_bytes(compress(lines) + compress(lines))
+    assert len(list(prepare.documents(prepare.open_source(str(path))))) == 18
+
+
 def test_zst_needs_its_package(tmp_path, monkeypatch, capsys, model_file):
     path = tmp_path / "docs.jsonl.zst"
     path.write_bytes(b"x")
@@ -486,6 +499,30 @@ def test_stopped_anywhere_and_run_again_gives_the_same_bytes(job, tmp_path, name
     assert call > 2 * (len(whole) - 2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_name_appears_only_with_its_file_on_disk(job, tmp_path, monkeypatch):
+    build, whole = job
+    synced, replaced = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle):
+        synced.add(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def watched_replace(source, target):
+        assert str(source) in synced
+        assert Path(source).parent == Path(target).parent
+        assert not Path(target).exists() or Path(target).name == "manifest.json"
+        synced.clear()
+        replaced.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    assert prepare.main(build(tmp_path / "out")) == 0
+    assert set(replaced) == set(whole)
+
+
 def test_stopped_again_and_again(job, tmp_path):
     build, whole = job
     out = tmp_path / "out"
@@ -621,18 +658,21 @@ def test_another_request_is_refused(job, tmp_path, capsys, model):
 
 
 def test_force_replaces_only_what_the_script_made(job, tmp_path, capsys):
-    build, _ = job
+    build, whole = job
     out = tmp_path / "undisturbed"
     kept = {"notes.txt": b"mine", "fineweb_train_000099.bin": b"mine", "other.model": b"mine"}
     make_tree(out, kept)
     capsys.readouterr()
     assert prepare.main([*build(out), "--shard-tokens", "100000", "--force"]) == 2
     one_line(capsys, "holds fineweb_train_000099.bin")
-    assert contents(out) == kept
     (out / "fineweb_train_000099.bin").unlink()
+    del kept["fineweb_train_000099.bin"]
+    for bad in (["--val-docs", "5000"], ["--shard-tokens", "none"]):
+        assert prepare.main([*build(out), *bad, "--force"]) == 2
+    assert contents(out) == whole | kept
     assert prepare.main([*build(out), "--shard-tokens", "100000", "--force"]) == 0
     names = {"fineweb_val_000000.bin", "fineweb_train_000000.bin", "tokenizer.model", "manifest.json"}
-    assert {path.name for path in out.iterdir()} == names | {"notes.txt", "other.model"}
+    assert {path.name for path in out.iterdir()} == names | set(kept)
 
 
 def test_tokenizer_may_come_from_the_folder_itself(tmp_path, model):

@@ -1,0 +1,374 @@
+"""Config: every environment variable is read, refused or named, and nothing else decides a run."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from conftest import ROOT, read_env, run_program, tiny_env
+from train_gpt import Config, UserError, all_knobs, changed_knobs, config_hash, knob_values, read_config
+
+KNOBS = {env: f for env, (_, f) in all_knobs().items()}
+
+# The command line that the challenge's README publishes, and every default that its script spells out.
+PUBLISHED = {
+    "RUN_ID": "baseline_sp1024", "DATA_PATH": "./data/datasets/fineweb10B_sp1024/",
+    "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model", "VOCAB_SIZE": "1024",
+}  # fmt: skip
+BASELINE = PUBLISHED | {
+    "NCCL_IB_DISABLE": "1", "MAX_WALLCLOCK_SECONDS": "600", "TRAIN_LOG_EVERY": "50", "VAL_LOSS_EVERY": "200",
+    "NUM_LAYERS": "9", "MODEL_DIM": "512", "NUM_HEADS": "8", "NUM_KV_HEADS": "4", "MLP_MULT": "2",
+    "TIE_EMBEDDINGS": "1", "TIED_EMBED_LR": "0.05", "TRAIN_BATCH_TOKENS": "524288", "TRAIN_SEQ_LEN": "1024",
+    "ITERATIONS": "20000", "WARMDOWN_ITERS": "1200", "WARMUP_STEPS": "20", "QK_GAIN_INIT": "1.5",
+    "ROPE_BASE": "10000", "LOGIT_SOFTCAP": "30", "EMBED_LR": "0.6", "HEAD_LR": "0.008", "MATRIX_LR": "0.04",
+    "SCALAR_LR": "0.04", "MUON_MOMENTUM": "0.95", "MUON_BACKEND_STEPS": "5",
+    "MUON_MOMENTUM_WARMUP_START": "0.85", "MUON_MOMENTUM_WARMUP_STEPS": "500", "BETA1": "0.9",
+    "BETA2": "0.95", "ADAM_EPS": "1e-8",
+    "GRAD_CLIP_NORM": "0.0", "VAL_BATCH_SIZE": "524288",
+}  # fmt: skip
+
+
+def of_kind(kind: type) -> list[str]:
+    return [env for env, f in KNOBS.items() if type(f.default) is kind]
+
+
+def bounds(side: int) -> list[tuple[str, float]]:
+    found = [(env, f.metadata["within"][side]) for env, f in KNOBS.items()]
+    return [(env, bound) for env, bound in found if bound is not None]
+
+
+def read_one(env: str, text: str) -> object:
+    return train_gpt.read_knob(KNOBS[env], {env: text})
+
+
+# --------------------------------------------------------------------------------------
+# One knob
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", of_kind(bool))
+def test_boolean_is_read_in_every_spelling(env):
+    assert [read_one(env, t) for t in ("1", "true", "YES", "On", " 1 ")] == [True] * 5
+    assert [read_one(env, t) for t in ("0", "False", "no", "OFF", "0\n")] == [False] * 5
+    for text in ("2", "y", "", "enabled"):
+        with pytest.raises(UserError, match=rf"{env}=.* is not allowed; want 0 or 1 "):
+            read_one(env, text)
+
+
+@pytest.mark.parametrize("env", of_kind(int))
+def test_whole_number_is_nothing_else(env):
+    value = read_one(env, f" {KNOBS[env].default} ")
+    assert (value, type(value)) == (KNOBS[env].default, int)
+    for text in ("1.5", "1e3", "nine", "", "0x10", "nan", "1 2"):
+        with pytest.raises(UserError, match=f"{env}='"):
+            read_one(env, text)
+
+
+@pytest.mark.parametrize("env", of_kind(float))
+def test_number_is_finite(env):
+    value = read_one(env, f"{KNOBS[env].default}")
+    assert (value, type(value)) == (KNOBS[env].default, float)
+    for text in ("nan", "inf", "-inf", "1e999", "1,5", "", "one"):
+        with pytest.raises(UserError, match=f"{env}='{text}' is not allowed; want a number"):
+            read_one(env, text)
+
+
+@pytest.mark.parametrize(("env", "low"), bounds(0))
+def test_least_value_is_allowed_and_the_one_below_is_not(env, low):
+    below = low - 1 if type(KNOBS[env].default) is int else math.nextafter(low, -math.inf)
+    assert read_one(env, str(low)) == low
+    with pytest.raises(UserError, match=f"{env}='{below}' is not allowed; want .*>= {low}"):
+        read_one(env, str(below))
+
+
+@pytest.mark.parametrize(("env", "high"), bounds(1))
+def test_greatest_value_is_allowed_and_the_one_above_is_not(env, high):
+    above = high + 1 if type(KNOBS[env].default) is int else math.nextafter(high, math.inf)
+    assert read_one(env, str(high)) == high
+    with pytest.raises(UserError, match=f"{env}='{above}' is not allowed; want .*<= {high}"):
+        read_one(env, str(above))
+
+
+@pytest.mark.parametrize("env", [env for env, f in KNOBS.items() if f.metadata["choices"]])
+def test_choice_is_one_of_its_list(env):
+    choices = KNOBS[env].metadata["choices"]
+    assert [read_one(env, str(c)) for c in choices] == list(choices)
+    other = str(max(choices) + 1) if type(choices[0]) is int else choices[0] + "x"
+    with pytest.raises(UserError, match=f"{env}='{other}' is not allowed; want {choices[0]} or "):
+        read_one(env, other)
+
+
+@pytest.mark.parametrize("env", KNOBS)
+def test_default_is_among_the_allowed_values(env):
+    assert read_one(env, knob_values(Config())[env]) == KNOBS[env].default
+
+
+def test_every_field_has_a_variable_of_its_own():
+    fields = [f for s in dataclasses.fields(Config) for f in dataclasses.fields(s.default_factory)]
+    assert len(KNOBS) == len(fields)
+    assert all(f.metadata["env"].isupper() for f in fields)
+
+
+def test_empty_environment_is_the_defaults():
+    assert read_config({}) == Config()
+
+
+# --------------------------------------------------------------------------------------
+# Rules that span knobs
+# --------------------------------------------------------------------------------------
+
+# (a broken combination, the least change that mends it, words of the message)
+RULES = [
+    ({"MODEL_DIM": 510}, {"MODEL_DIM": 528}, "NUM_HEADS=8 does not divide MODEL_DIM=510"),
+    ({"NUM_KV_HEADS": 3}, {"NUM_KV_HEADS": 8}, "NUM_KV_HEADS=3 does not divide NUM_HEADS=8"),
+    ({"NUM_HEADS": 512}, {"NUM_HEADS": 256}, "MODEL_DIM/NUM_HEADS=1 is odd"),
+    ({"MLP_MULT": 0.01, "MODEL_DIM": 64}, {"MODEL_DIM": 112}, "MLP_MULT=0.01 leaves no hidden unit"),
+    ({"TRAIN_SPANS": 7}, {"TRAIN_BATCH_TOKENS": 7168}, "TRAIN_SPANS=7 does not divide"),
+    ({"TRAIN_SEQ_LEN": 1000}, {"DOC_PACKING": 1}, "TRAIN_SEQ_LEN=1000 does not divide the 65536"),
+    ({"NUM_LOOPS": 1, "LOOP_END": 9}, {"LOOP_END": 8}, "LOOP_START=3, LOOP_END=9 want start <= end"),
+    ({"NUM_LOOPS": 1, "LOOP_START": 6}, {"LOOP_END": 6}, "LOOP_START=6, LOOP_END=5 want"),
+    ({"EVAL_STRIDE": 1025, "SLIDING_WINDOW_ENABLED": 1}, {"EVAL_STRIDE": 1024}, "EVAL_STRIDE=1025 is longer"),
+    ({"SCORE": "sliding"}, {"SLIDING_WINDOW_ENABLED": 1}, "SCORE=sliding wants SLIDING_WINDOW_ENABLED=1"),
+    ({"RESUME": 1}, {"RUN_ID": "x"}, "RESUME=1 wants RUN_ID or RUN_DIR"),
+    ({"RESUME": 1}, {"RUN_DIR": "x"}, "RESUME=1 wants RUN_ID or RUN_DIR"),
+]  # fmt: skip
+
+
+def texts(env: dict) -> dict[str, str]:
+    return {key: str(value) for key, value in env.items()}
+
+
+@pytest.mark.parametrize(("broken", "mended", "words"), RULES)
+def test_combination_is_refused_by_name_until_it_is_mended(broken, mended, words):
+    with pytest.raises(UserError, match=words):
+        read_config(texts(broken))
+    read_config(texts(broken | mended))
+
+
+def test_loop_bounds_do_not_matter_without_loops():
+    assert not read_config({"NUM_LAYERS": "2"}).loop.on
+
+
+def test_stride_does_not_matter_where_nothing_slides():
+    assert read_config({"EVAL_SEQ_LEN": "32"}).eval_len == 32
+
+
+def test_evaluation_context_is_the_training_context_unless_it_is_set():
+    assert read_config({"TRAIN_SEQ_LEN": "128"}).eval_len == 128
+    assert read_config({"TRAIN_SEQ_LEN": "128", "EVAL_SEQ_LEN": "2048"}).eval_len == 2048
+
+
+# --------------------------------------------------------------------------------------
+# Other names
+# --------------------------------------------------------------------------------------
+
+
+def test_alias_sets_the_knob_that_it_names():
+    assert read_config({"VAL_BATCH_SIZE": "77"}) == read_config({"VAL_BATCH_TOKENS": "77"})
+    assert read_config({"VAL_BATCH_SIZE": "77", "VAL_BATCH_TOKENS": "77"}).scoring.batch_tokens == 77
+
+
+def test_two_names_of_one_knob_may_not_disagree():
+    with pytest.raises(UserError, match="VAL_BATCH_SIZE='77' is another name of VAL_BATCH_TOKENS='78'"):
+        read_config({"VAL_BATCH_SIZE": "77", "VAL_BATCH_TOKENS": "78"})
+
+
+def test_every_alias_names_a_knob_or_the_reason_why_it_is_refused():
+    assert not set(train_gpt.ALIASES) & set(KNOBS)
+    assert all(new in KNOBS or new.startswith("refused: ") for new in train_gpt.ALIASES.values())
+
+
+@pytest.mark.parametrize("old", [old for old, new in train_gpt.ALIASES.items() if new.startswith("refused")])
+def test_abandoned_name_is_refused_with_the_reason(old):
+    with pytest.raises(UserError, match=rf"{old}='1' is refused: .{{20,}}; unset it"):
+        read_config({old: "1"})
+
+
+def test_mistyped_knob_is_named_with_what_was_meant():
+    assert train_gpt.near_misses({"MODEL_DIMS": "1"}) == ["MODEL_DIMS is not a knob; did you mean MODEL_DIM?"]
+    assert train_gpt.near_misses({"NUM_LAYER": "1"}) == ["NUM_LAYER is not a knob; did you mean NUM_LAYERS?"]
+    assert train_gpt.near_misses({"MUON_COLOUR": "1"}) == ["MUON_COLOUR is not a knob; --knobs lists them"]
+
+
+def test_name_that_no_script_ever_read_is_accepted_with_a_warning():
+    for name in train_gpt.WITHOUT_EFFECT:
+        assert train_gpt.near_misses({name: "1"}) == [
+            f"{name} is accepted but has no effect: no published script reads it"
+        ]
+        assert read_config({name: "1"}) == Config()
+
+
+def test_variables_of_other_programs_are_left_alone():
+    others = (
+        "PATH HOME LANG USER SHELL PWD TMPDIR LD_LIBRARY_PATH VIRTUAL_ENV PYTHONPATH CUDA_VISIBLE_DEVICES "
+        "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT NCCL_NET NCCL_DEBUG "
+        "OMP_NUM_THREADS MKL_NUM_THREADS TORCHINDUCTOR_CACHE_DIR TORCH_LOGS TORCHELASTIC_RUN_ID"
+    )
+    assert train_gpt.near_misses(dict.fromkeys(others.split(), "1")) == []
+    assert read_config(dict.fromkeys(others.split(), "1")) == Config()
+
+
+def test_knobs_and_aliases_raise_no_doubt():
+    assert train_gpt.near_misses(dict.fromkeys([*KNOBS, *train_gpt.ALIASES], "1")) == []
+
+
+def test_strict_run_stops_at_a_doubt_before_it_writes_anything(tmp_path):
+    env = {"STRICT": "1", "MODEL_DIMS": "64", "RUN_DIR": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="did you mean MODEL_DIM"):
+        train_gpt.run(env)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------
+# Config -> text and back
+# --------------------------------------------------------------------------------------
+
+
+def values(f: dataclasses.Field) -> st.SearchStrategy:
+    """Texts of valid values of one knob; numbers near the bounds and far from them."""
+    low, high = f.metadata["within"]
+    if f.metadata["choices"]:
+        return st.sampled_from(f.metadata["choices"]).map(str)
+    if isinstance(f.default, bool):
+        return st.sampled_from(sorted(train_gpt.TRUTH))
+    if isinstance(f.default, int):
+        return st.integers(low, high).map(str)
+    if isinstance(f.default, float):
+        return st.floats(low, high, allow_nan=False, allow_infinity=False).map(repr)
+    return st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+
+
+BOUND = {  # by a rule that spans knobs
+    "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END",
+    "TRAIN_BATCH_TOKENS", "TRAIN_SPANS", "TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SCORE", "RESUME",
+}  # fmt: skip
+FREE = sorted(set(KNOBS) - BOUND)
+
+
+@st.composite
+def environments(draw) -> dict[str, str]:
+    """Any value of the knobs that no rule binds, and sizes that keep the rules."""
+    env = draw(st.fixed_dictionaries({}, optional={name: values(KNOBS[name]) for name in FREE}))
+    kv, groups, pairs = (draw(st.integers(1, 6)) for _ in range(3))
+    sizes = {"NUM_KV_HEADS": kv, "NUM_HEADS": kv * groups, "MODEL_DIM": 2 * pairs * kv * groups}
+    sizes |= {"NUM_LAYERS": draw(st.integers(6, 20)), "NUM_LOOPS": draw(st.integers(0, 3))}
+    length, spans = draw(st.integers(64, 256)), draw(st.integers(1, 9))
+    sizes |= {"TRAIN_SEQ_LEN": length, "TRAIN_SPANS": spans, "TRAIN_BATCH_TOKENS": length * spans * 3}
+    return env | texts(sizes) | {"MLP_MULT": repr(draw(st.floats(1, 8)))}
+
+
+@settings(max_examples=60)
+@given(environments())
+def test_changed_knobs_make_the_same_config_again(env):
+    cfg = read_config(env)
+    said = changed_knobs(cfg)
+    assert read_config(said) == cfg
+    assert set(said) <= set(env)
+    assert read_config(knob_values(cfg)) == cfg
+
+
+def another(env: str) -> object:
+    """A value of a knob that is not its default, whatever the rules say."""
+    f = KNOBS[env]
+    if f.metadata["choices"]:
+        return next(c for c in f.metadata["choices"] if c != f.default)
+    return (not f.default) if isinstance(f.default, bool) else f.default + type(f.default)("1")
+
+
+def with_knob(cfg: Config, env: str, value: object) -> Config:
+    section, f = all_knobs()[env]
+    changed = dataclasses.replace(getattr(cfg, section), **{f.name: value})
+    return dataclasses.replace(cfg, **{section: changed})
+
+
+@pytest.mark.parametrize("env", KNOBS)
+def test_hash_names_every_knob_but_those_of_the_run(env):
+    cfg = with_knob(Config(), env, another(env))
+    assert set(changed_knobs(cfg)) == {env}
+    assert (config_hash(cfg) == config_hash(Config())) == (all_knobs()[env][0] == "run")
+
+
+def test_hash_does_not_depend_on_the_process():
+    assert config_hash(Config()) == config_hash(read_config(knob_values(Config())))
+    script = "import train_gpt; print(train_gpt.config_hash(train_gpt.Config()))"
+    found = run_program([script], {"PYTHONHASHSEED": "7"}, program="-c")
+    assert found.stdout.strip() == config_hash(Config())
+
+
+def test_config_cannot_be_assigned():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.dim = 3
+
+
+def test_tiny_environment_is_a_valid_config_of_small_numbers():
+    cfg = read_config(tiny_env())
+    assert cfg.budget.seconds == 0
+    assert cfg.data.batch_tokens * cfg.budget.iterations < 10_000
+    assert cfg.model.layers * cfg.model.dim**2 < 10_000
+    assert (cfg.compute.dtype, cfg.compute.compiling) == ("float32", "0")
+
+
+# --------------------------------------------------------------------------------------
+# What users see
+# --------------------------------------------------------------------------------------
+
+
+def test_knob_table_has_a_row_for_every_knob():
+    head, rule, *rows = train_gpt.knob_table().splitlines()
+    assert (head, rule) == ("| knob | default | meaning | allowed |", "|---|---|---|---|")
+    assert [row.split("`")[1] for row in rows] == list(KNOBS)
+    cells = {row.split("`")[1]: [cell.strip() for cell in row.strip("|").split("|")] for row in rows}
+    assert all(len(row) == 4 for row in cells.values())
+    assert cells["STRICT"][1:] == ["0", "an unknown or mistyped knob is an error", "0 or 1"]
+    assert cells["RUN_ID"][1::2] == ["(empty)", "text"]
+    assert cells["NUM_LOOPS"][1::2] == ["0", "a whole number >= 0 and <= 16"]
+    assert cells["MATRIX_BITS"][3] == "6 or 8 or 16"
+
+
+def test_words_on_the_command_line_are_refused():
+    with pytest.raises(UserError, match="unknown words '--help me'; want --knobs"):
+        train_gpt.command({}, ["--help", "me"])
+
+
+def test_frozen_knobs_hold_and_clash_by_name(monkeypatch):
+    monkeypatch.setattr(train_gpt, "FROZEN", {"MODEL_DIM": "64"})
+    assert train_gpt.thawed({"SEED": "1"}) == {"SEED": "1", "MODEL_DIM": "64"}
+    assert train_gpt.thawed({"MODEL_DIM": "64"}) == {"MODEL_DIM": "64"}
+    with pytest.raises(UserError, match="MODEL_DIM is frozen to '64', the environment says '65'"):
+        train_gpt.thawed({"MODEL_DIM": "65"})
+
+
+# --------------------------------------------------------------------------------------
+# The naive baseline's published command line
+# --------------------------------------------------------------------------------------
+
+
+def test_published_command_line_gives_a_config_without_doubts():
+    assert train_gpt.near_misses(BASELINE) == []
+    cfg = read_config(BASELINE)
+    assert cfg.scoring.batch_tokens == 524_288
+    assert (cfg.model.layers, cfg.model.dim, cfg.model.heads, cfg.model.kv_heads) == (9, 512, 8, 4)
+    assert (cfg.data.span, cfg.data.micro_batches(8), cfg.data.micro_batches(1)) == (65_536, 1, 8)
+
+
+def test_baseline_env_file_is_the_published_command_line():
+    """Up to where a run reads and writes, and to the codec, which is no variable of the published script."""
+    cfg = read_config(read_env(ROOT / "records/baseline/env"))
+    want = read_config(BASELINE)
+    assert dataclasses.replace(cfg, run=want.run, export=want.export) == want
+
+
+def test_published_command_line_runs_at_reduced_size(toy_data, tmp_path):
+    small = {
+        "NUM_LAYERS": "2", "MODEL_DIM": "16", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
+        "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32", "ITERATIONS": "2", "WARMUP_STEPS": "1",
+        "VAL_BATCH_SIZE": "4096",
+        "VAL_MAX_TOKENS": "500", "EVAL_STRIDE": "32", "COMPILE": "0", "DTYPE": "float32",
+    }  # fmt: skip
+    run = run_program([], BASELINE | small | toy_data.env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "runs/baseline_sp1024/model.ptz").exists()
+    assert "warning" not in run.stdout + run.stderr

@@ -1,0 +1,384 @@
+"""Kernels: the fast forms of the loss and of attention inside documents mean what the plain forms mean."""
+
+import inspect
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_gpt
+from train_gpt import (
+    attend_segments_ref,
+    chunk_rows,
+    pick_attention,
+    sdpa,
+    segment_operator,
+    segments,
+    softcapped_nll,
+    softcapped_nll_ref,
+)  # fmt: skip
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+# --------------------------------------------------------------------------------------
+# Softcapped cross-entropy
+# --------------------------------------------------------------------------------------
+
+
+def problem(rows=50, width=16, vocab=37, dtype=torch.float32, scale=3.0, seed=0):
+    """(hidden, weight, targets): logits of a few times `scale`, so that the cap bends them."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = scale * torch.randn(rows, width, generator=random, dtype=torch.float64)
+    weight = torch.randn(vocab, width, generator=random, dtype=torch.float64)
+    targets = torch.randint(vocab, (rows,), generator=random)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def truth(hidden, weight, targets, cap: float, upstream=None):
+    """Nats and gradients in float64, from the formula alone."""
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    z = cap * torch.tanh(h @ w.T / cap)
+    nll = torch.log(torch.exp(z - cap).sum(1)) + cap - z[torch.arange(len(h)), targets]
+    upstream = torch.ones(len(h)) if upstream is None else upstream
+    return nll, *torch.autograd.grad(nll, (h, w), upstream.double())
+
+
+def ours(hidden, weight, targets, cap: float, upstream=None):
+    nll = softcapped_nll(hidden, weight, targets, cap, fast=False)
+    upstream = torch.ones_like(nll) if upstream is None else upstream
+    return nll, *torch.autograd.grad(nll, (hidden, weight), upstream)
+
+
+def distance(found: torch.Tensor, want: torch.Tensor) -> float:
+    return float((found.detach().double() - want.detach()).norm() / want.detach().norm())
+
+
+@pytest.mark.parametrize("shape", [(50, 16, 37), (1, 8, 5), (64, 32, 64), (3, 64, 1000), (700, 4, 8192)])
+@pytest.mark.parametrize("upstream", ["ones", "mean", "any"])
+def test_loss_and_gradients_are_those_of_the_formula(shape, upstream):
+    args = (*problem(*shape), 30.0)
+    g = {"ones": None, "mean": torch.full(shape[:1], 1 / shape[0]), "any": torch.randn(shape[0])}[upstream]
+    for found, want in zip(ours(*args, g), truth(*args, g), strict=True):
+        assert found.dtype == torch.float32
+        assert distance(found, want) <= 1e-6
+
+
+def test_mean_of_the_nats_has_the_gradient_of_the_mean():
+    hidden, weight, targets = problem()
+    softcapped_nll(hidden, weight, targets, 30.0, fast=False).mean().backward()
+    _, by_hidden, by_weight = truth(hidden, weight, targets, 30.0)
+    assert distance(hidden.grad, by_hidden / 50) <= 1e-6
+    assert distance(weight.grad, by_weight / 50) <= 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 49, 50, 1000])
+def test_chunks_do_not_matter(rows, monkeypatch):
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab: min(rows, n))
+    args = (*problem(dtype=torch.float64), 30.0, torch.randn(50, dtype=torch.float64))
+    for found, want in zip(ours(*args), truth(*args), strict=True):
+        assert distance(found, want) <= 1e-14
+    with torch.no_grad():
+        scored = softcapped_nll(*args[:4], fast=False)
+    assert distance(scored, truth(*args)[0]) <= 1e-14
+
+
+def test_gradient_of_each_nat_alone_is_exact(monkeypatch):
+    """gradcheck asks for one row at a time: upstream gradients that are not alike."""
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab: 3)
+    hidden, weight, targets = problem(7, 4, 5, torch.float64, scale=1.0)
+    assert torch.autograd.gradcheck(
+        lambda h, w: softcapped_nll(h, w, targets, 2.0, fast=False), (hidden, weight)
+    )
+
+
+def test_only_the_weight_or_only_the_hidden_states_may_want_gradients():
+    hidden, weight, targets = problem()
+    _, by_hidden, by_weight = truth(hidden, weight, targets, 30.0)
+    nll = softcapped_nll(hidden.detach(), weight, targets, 30.0, fast=False)
+    assert distance(torch.autograd.grad(nll.sum(), weight)[0], by_weight) <= 1e-6
+    nll = softcapped_nll(hidden, weight.detach(), targets, 30.0, fast=False)
+    assert distance(torch.autograd.grad(nll.sum(), hidden)[0], by_hidden) <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e18])
+def test_huge_logits_give_finite_losses_and_gradients(scale):
+    hidden, weight, targets = problem(scale=scale)
+    found, want = ours(hidden, weight, targets, 30.0), truth(hidden, weight, targets, 30.0)
+    for a, b, size in zip(found, want, (64, weight.abs().max(), hidden.abs().max()), strict=True):
+        assert torch.isfinite(a).all()
+        assert (a - b).abs().max() <= 1e-6 * size
+    assert 60 < found[0].max() < 60 + 4  # from cap to -cap, and the logarithm of the vocabulary
+
+
+def test_not_a_number_comes_out_where_it_went_in():
+    hidden, weight, targets = problem()
+    hidden.data[17, 3] = torch.nan
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            nll = softcapped_nll(hidden, weight, targets, 30.0, fast=False)
+        assert torch.isnan(nll).nonzero().flatten().tolist() == [17]
+    found = ours(hidden, weight, targets, 30.0)
+    assert torch.isnan(found[1]).any(1).nonzero().flatten().tolist() == [17]
+    assert torch.isnan(found[2]).any()
+
+
+def test_bfloat16_activations_keep_float32_losses_and_weights():
+    hidden, weight, targets = problem(rows=200)
+    want = truth(hidden.bfloat16(), weight.bfloat16(), targets, 30.0)
+    half = hidden.detach().bfloat16().requires_grad_()
+    found = ours(half, weight, targets, 30.0)
+    assert [t.dtype for t in found] == [torch.float32, torch.bfloat16, torch.float32]
+    assert all(distance(a, b) < 0.01 for a, b in zip(found, want, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operator made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [
+            t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if torch.is_tensor(t)
+        ]
+        self.entries = max([self.entries, *made])
+        return out
+
+
+@pytest.mark.parametrize("upstream", ["mean", "any"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_never_exist_as_a_whole(upstream, grad):
+    rows, vocab = 1300, 8192
+    hidden, weight, targets = problem(rows, 8, vocab)
+    assert chunk_rows(rows, vocab) == 512
+    with Largest() as seen, torch.set_grad_enabled(grad):
+        nll = softcapped_nll(hidden, weight, targets, 30.0, fast=False)
+        if grad:
+            (nll.mean() if upstream == "mean" else nll.square().mean()).backward()
+    assert seen.entries == 512 * vocab < rows * vocab / 2
+    with Largest() as seen:
+        softcapped_nll_ref(hidden, weight, targets, 30.0)
+    assert seen.entries == rows * vocab  # the same measure sees the logits of the plain form
+
+
+# --------------------------------------------------------------------------------------
+# Attention inside documents
+# --------------------------------------------------------------------------------------
+
+
+def heads(n: int, dtype=torch.float64, width=8, query=4, key=2):
+    """q (1,N,H,K), k and v (1,N,G,K)."""
+    return [torch.randn(1, n, h, width, dtype=dtype, requires_grad=True) for h in (query, key, key)]
+
+
+def naive(q, k, v, docs: list[int]) -> torch.Tensor:
+    """Head by head, a softmax over the whole masked square, in float64."""
+    number = torch.bucketize(torch.arange(q.shape[1]), torch.tensor(docs), right=True)
+    mask = (number[:, None] == number) & torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+    group, out = q.shape[2] // k.shape[2], []
+    for h in range(q.shape[2]):
+        score = q[0, :, h].double() @ k[0, :, h // group].double().T * q.shape[3] ** -0.5
+        out.append(score.masked_fill(~mask, -torch.inf).softmax(1) @ v[0, :, h // group].double())
+    return torch.stack(out, 1)[None]
+
+
+FORMS = {"plain": attend_segments_ref, "operator": segment_operator()}
+lengths = st.lists(st.sampled_from([1, 1, 2, 3, 5, 17, 33]), min_size=1, max_size=8)
+
+
+def boundaries(sizes: list[int], padding: int = 3) -> torch.Tensor:
+    return torch.tensor(
+        [0, *torch.tensor(sizes).cumsum(0).tolist(), *[sum(sizes)] * padding], dtype=torch.int32
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25)
+@given(sizes=lengths, shape=st.sampled_from([(4, 2), (2, 2), (6, 2), (3, 1)]))
+def test_attention_never_leaves_a_segment(form, sizes, shape):
+    docs, qkv = boundaries(sizes), heads(sum(sizes), query=shape[0], key=shape[1])
+    found, want = FORMS[form](*qkv, docs), naive(*qkv, docs.tolist())
+    assert found.shape == want.shape
+    assert (found - want).abs().max() <= 1e-12
+    g = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(found, qkv, g), torch.autograd.grad(want, qkv, g), strict=True):
+        assert (a - b).abs().max() <= 1e-11
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_in_float32_is_near_the_truth(form):
+    docs, qkv = boundaries([100, 1, 155]), heads(256, torch.float32, width=32)
+    assert (FORMS[form](*qkv, docs) - naive(*qkv, docs.tolist())).abs().max() <= 2e-6
+
+
+def test_whole_rows_attend_as_one_segment_each():
+    q, k, v = heads(60)
+    rows = [t.view(3, 20, *t.shape[2:]) for t in (q, k, v)]
+    want = naive(q, k, v, [0, 20, 40, 60])
+    assert (sdpa(*rows).reshape(want.shape) - want).abs().max() <= 1e-12
+    assert (
+        pick_attention(CPU, torch.float32)[1](*rows, None, 20).reshape(want.shape) - want
+    ).abs().max() <= 1e-12
+
+
+def test_empty_segments_are_nothing():
+    assert segments(torch.tensor([0, 0, 3, 3, 4, 9, 9, 9])) == [(0, 3), (3, 4), (4, 9)]
+
+
+def test_operator_passes_gradcheck():
+    docs, qkv = boundaries([1, 4, 2]), heads(7, width=4)
+    assert torch.autograd.gradcheck(lambda *t: segment_operator()(*t, docs), qkv)
+
+
+def test_operator_is_declared_as_it_behaves():
+    segment_operator()
+    docs, qkv = boundaries([1, 4, 2]), heads(7, torch.float32, width=4)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.golf.attend_segments.default, (*qkv, docs), test_utils=tests)
+    forward = torch.ops.golf.attend_segments(*qkv, docs)
+    args = (torch.randn(1, 7, 4, 4), [t.detach() for t in qkv], *(t.detach() for t in forward), docs)
+    torch.library.opcheck(torch.ops.golf.attend_segments_grad.default, args, test_utils=tests[:2])
+
+
+# --------------------------------------------------------------------------------------
+# Which kernel
+# --------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Stands for a kernel of another package: notes the shapes it is given, answers with the plain form."""
+
+    def __init__(self, varlen: bool, pair: bool = False):
+        self.varlen, self.pair, self.calls = varlen, pair, []
+
+    def __call__(self, q, k, v, *lengths, **options):
+        self.calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape), lengths, options))
+        if not self.varlen:
+            out = sdpa(q, k, v)
+        else:
+            docs = options["cu_seqlens_q"] if "cu_seqlens_q" in options else lengths[0]
+            out = attend_segments_ref(q[None], k[None], v[None], docs)[0]
+        return (out, None) if self.pair else out
+
+
+def plant(monkeypatch, name: str, **members):
+    """A module that can be imported, or with no members one that cannot."""
+    module = ModuleType(name)
+    for member, value in members.items():
+        setattr(module, member, value)
+    monkeypatch.setitem(sys.modules, name, module if members else None)
+
+
+def flash(monkeypatch, name: str, pair: bool = False) -> tuple[Spy, Spy]:
+    dense, varlen = Spy(False, pair), Spy(True, pair)
+    plant(monkeypatch, name, flash_attn_func=dense, flash_attn_varlen_func=varlen)
+    return dense, varlen
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A Hopper GPU in name, and no package with a kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+        plant(monkeypatch, name)
+    return monkeypatch
+
+
+def check(attend, dense: Spy, varlen: Spy):
+    """The kernel gives the plain form's values and was given key heads as they are."""
+    docs, (q, k, v) = boundaries([3, 1, 6]), heads(10)
+    assert torch.equal(attend(q, k, v, docs, 6), attend_segments_ref(q, k, v, docs))
+    assert torch.equal(attend(q, k, v, None, 10), sdpa(q, k, v))
+    assert varlen.calls[0][:3] == ((10, 4, 8), (10, 2, 8), (10, 2, 8))
+    assert all(call[:3] == ((1, 10, 4, 8), (1, 10, 2, 8), (1, 10, 2, 8)) for call in dense.calls)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_hopper_takes_flash_attention_3_first(bare, pair):
+    flash(bare, "flash_attn")
+    spies = flash(bare, "flash_attn_interface", pair)
+    name, attend = pick_attention(CUDA, torch.bfloat16)
+    assert name == "flash-attn-3"
+    check(attend, *spies)
+    options = spies[1].calls[0][4]
+    assert (options["max_seqlen_q"], options["max_seqlen_k"], options["causal"]) == (6, 6, True)
+    assert torch.equal(options["cu_seqlens_q"], options["cu_seqlens_k"])
+    assert spies[0].calls[0][4] == {"causal": True}
+
+
+def test_other_gpus_take_flash_attention_2_though_3_is_installed(bare):
+    flash(bare, "flash_attn_interface")
+    spies = flash(bare, "flash_attn")
+    for capability in ((8, 0), (12, 0)):
+        bare.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert pick_attention(CUDA, torch.bfloat16)[0] == "flash-attn-2"
+    bare.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    plant(bare, "flash_attn_interface")
+    name, attend = pick_attention(CUDA, torch.bfloat16)
+    assert name == "flash-attn-2"
+    check(attend, *spies)
+
+
+def varlen_of(spy: Spy, era: str):
+    """torch.nn.attention.varlen.varlen_attn with the signature of a release."""
+    if era == "2.12":
+
+        def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+            assert window_size == (-1, 0)
+            assert enable_gqa
+            return spy(q, k, v, cu_q, cu_k, max_q, max_k)
+
+    else:
+
+        def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+            assert is_causal
+            assert q.shape == k.shape == v.shape
+            return spy(q, k, v, cu_q, cu_k, max_q, max_k)
+
+    return varlen_attn
+
+
+def test_torch_varlen_is_next_and_groups_heads_itself(bare):
+    varlen, dense = Spy(True), Spy(False)
+    plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(varlen, "2.12"))
+    name, attend = pick_attention(CUDA, torch.bfloat16)
+    assert name == "torch-varlen"
+    check(attend, dense, varlen)
+    assert varlen.calls[0][3][2:] == (6, 6)
+
+
+def test_only_a_kernel_that_cannot_group_heads_gets_them_repeated(bare):
+    varlen = Spy(True)
+    plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(varlen, "2.10"))
+    docs, (q, k, v) = boundaries([3, 1, 6]), heads(10)
+    name, attend = pick_attention(CUDA, torch.bfloat16)
+    assert name == "torch-varlen"
+    assert (attend(q, k, v, docs, 6) - attend_segments_ref(q, k, v, docs)).abs().max() <= 1e-12
+    assert varlen.calls[0][1] == (10, 4, 8)
+
+
+def test_options_are_those_of_the_installed_torch():
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = train_gpt.varlen_options(varlen_attn)
+    assert set(options) <= set(inspect.signature(varlen_attn).parameters)
+    assert options.get("is_causal") or options["window_size"] == (-1, 0)
+
+
+def test_without_kernels_attention_is_sdpa(bare):
+    name, attend = pick_attention(CUDA, torch.bfloat16)
+    assert name == "sdpa"
+    docs, (q, k, v) = boundaries([3, 1, 6]), heads(10)
+    assert torch.equal(attend(q, k, v, docs, 6), attend_segments_ref(q, k, v, docs))
+
+
+def test_float32_and_cpus_take_no_half_precision_kernel(bare):
+    for name in ("flash_attn_interface", "flash_attn"):
+        flash(bare, name)
+    assert pick_attention(CUDA, torch.float32)[0] == "sdpa"
+    assert pick_attention(CPU, torch.bfloat16)[0] == "sdpa"

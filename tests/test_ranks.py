@@ -1,0 +1,243 @@
+"""One process or several: the same tokens, the same losses, the same decisions, and nobody waits for the dead."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt
+from conftest import finish, make_shards, start_program, torchrun
+from faults import only_line, plant, play, processes_with, small
+
+PROGRAM = Path(__file__).parent / "faults.py"
+EIGHT = {"TRAIN_SPANS": 8, "CHECKPOINT_EVERY": 0, "ITERATIONS": 6, "VAL_MAX_TOKENS": 2000}
+
+
+def losses(env: dict) -> list[float]:
+    rows = [json.loads(line) for line in Path(env["RUN_DIR"], "trace.jsonl").read_text().splitlines()]
+    return [float.fromhex(row["loss"]) for row in rows if "loss" in row]
+
+
+def results(env: dict) -> dict:
+    return json.loads(Path(env["RUN_DIR"], "results.json").read_text())
+
+
+def agree(one: dict, other: dict) -> None:
+    """Two finished runs have the same losses, the same score of their artifacts, the same nats per token."""
+    assert len(losses(one)) == int(one["ITERATIONS"]) >= 5
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    scores = [results(env)["scores"] for env in (one, other)]
+    for name, score in scores[0].items():
+        assert score["val_loss"] == pytest.approx(scores[1][name]["val_loss"], rel=1e-6)
+        assert (score["tokens"], score["bytes"]) == (scores[1][name]["tokens"], scores[1][name]["bytes"])
+    nats = [np.load(env["NLL_PATH"]) for env in (one, other)]
+    assert nats[0].shape == nats[1].shape and nats[0].dtype == np.float32
+    np.testing.assert_allclose(nats[0], nats[1], rtol=0, atol=1e-5)
+
+
+VARIANTS = {
+    "plain": {"EMA_DECAY": 0.9, "GRAD_CLIP_NORM": 0.3},
+    "documents": {"DOC_PACKING": 1, "SLIDING_WINDOW_ENABLED": 1, "SCORE": "sliding", "VAL_MAX_TOKENS": 500},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def alone(request, toy_data, tmp_path_factory):
+    """(knobs, environment) of a run of one process."""
+    knobs = EIGHT | VARIANTS[request.param]
+    env = small(toy_data, tmp_path_factory.mktemp("alone"), **knobs, GRAD_ACCUM_STEPS=1)
+    assert play(env).status == 0
+    return knobs, env
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_agree_with_one_process(toy_data, tmp_path, alone, ranks):
+    knobs, reference = alone
+    for accum in (0, 1):
+        env = small(toy_data, tmp_path / str(accum), **knobs, GRAD_ACCUM_STEPS=accum)
+        outcome = play(env, plant("note_digest"), ranks=ranks)
+        assert outcome.statuses == [0] * ranks, outcome.errs
+        agree(reference, env)
+        assert len({note["digest"] for note in outcome.notes}) == 1, "all ranks hold the same bits"
+        assert results(env)["world_size"] == ranks
+
+
+@pytest.mark.parametrize("accum", [2, 4, 8])
+def test_micro_batches_agree_with_one_batch(toy_data, tmp_path, alone, accum):
+    knobs, reference = alone
+    env = small(toy_data, tmp_path, **knobs, GRAD_ACCUM_STEPS=accum)
+    assert play(env).status == 0
+    agree(reference, env)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_torchrun_agrees_with_one_process(toy_data, tmp_path, ranks):
+    envs = [small(toy_data, tmp_path / name, **EIGHT, GRAD_ACCUM_STEPS=1) for name in ("one", "many")]
+    assert play(envs[0]).status == 0
+    outcome = torchrun(ranks, envs[1], timeout=90)
+    assert outcome.returncode == 0, outcome.stderr
+    agree(*envs)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_agree_over_100_steps(toy_data, tmp_path, ranks):
+    knobs = EIGHT | {"ITERATIONS": 100, "MATRIX_LR": 0.003, "SCALAR_LR": 0.003, "TIED_EMBED_LR": 0.003}
+    envs = [small(toy_data, tmp_path / str(n), **knobs, GRAD_ACCUM_STEPS=1) for n in (1, ranks)]
+    for env, n in zip(envs, (1, ranks), strict=True):
+        assert play(env, ranks=n).statuses == [0] * n
+    assert losses(envs[0]) == pytest.approx(losses(envs[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.full)])
+def test_the_order_of_tokens_does_not_depend_on_ranks_micro_batches_or_resuming(tmp_path, count):
+    make_shards(tmp_path / "data", train=(2100, 900, 3000))
+    chance, spans, cpu = random.Random(0), {}, train_gpt.torch.device("cpu")
+    knobs = {"DATA_PATH": str(tmp_path / "data"), "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32"}
+    for _ in range(count):
+        size = chance.choice([1, 2, 4, 8])
+        accum, packing, step = chance.choice([a for a in (1, 2, 4, 8) if a * size <= 8]), chance.random() < 0.5, 0
+        step = chance.randrange(60)
+        cfg = train_gpt.read_config(knobs | {"GRAD_ACCUM_STEPS": str(accum), "DOC_PACKING": str(int(packing))})
+        rows = {}
+        for rank in range(size):
+            world = train_gpt.World(rank, size, cpu, None, False, train_gpt.Journal(None), Path())
+            loader = train_gpt.Loader(cfg, world, 1)  # made anew, as after resuming
+            for m, batch in enumerate(loader.host_batches(step)):
+                rows[m, rank] = [batch.tokens.flatten().numpy(), batch.targets.flatten().numpy()]
+            loader.close()
+        whole = np.concatenate([np.stack(rows[key]) for key in sorted(rows)], 1)
+        spans.setdefault((packing, step), whole)
+        np.testing.assert_array_equal(whole, spans[packing, step])
+
+
+# --------------------------------------------------------------------------------------
+# Gradients and decisions
+# --------------------------------------------------------------------------------------
+
+
+def test_gradients_of_ranks_with_different_data_become_their_mean():
+    outcome = play({}, ranks=2, call="reduce_different_gradients")
+    assert outcome.statuses == [0, 0], outcome.errs
+    for note in outcome.notes:  # 1 and 2, then 2 and 4; the last parameter took no part on either rank
+        assert note["grads"] == [[[1.5, 1.5]] * 3, [3.0] * 5, [0.0] * 4]
+        assert note["loss"] == 0.5
+        assert note["norm"] == pytest.approx((6 * 1.5**2 + 5 * 3.0**2) ** 0.5)
+
+
+def test_the_reported_loss_is_the_mean_over_ranks(toy_data, tmp_path):
+    """On one rank the loss of the first step is NaN: so it is for both, and in the trace."""
+    env = small(toy_data, tmp_path, ITERATIONS=1, EMA_DECAY=0.9)
+    assert play(env, plant("poison", rows=[[0, 1, "loss"]]), ranks=2).statuses == [0, 0]
+    assert np.isnan(losses(env)[0])
+
+
+KINDS = ["activations", "loss", "gradient", "infinity", "opposite"]
+
+
+@pytest.mark.parametrize(("ranks", "kinds"), [(1, KINDS[:4]), (2, KINDS), (4, KINDS)])
+def test_steps_that_are_not_finite_are_skipped_alike_by_all_ranks(toy_data, tmp_path, ranks, kinds):
+    chance = random.Random(ranks)
+    steps = {step for step in range(40) if chance.random() < 0.55}
+    rows = [[step, 0 if kind == "opposite" else chance.randrange(ranks), kind]
+            for step, kind in zip(sorted(steps), kinds * 40, strict=False)]  # fmt: skip
+    knobs = {"ITERATIONS": 40, "MAX_BAD_STEPS": 99, "CHECKPOINT_EVERY": 0, "EMA_DECAY": 0.9, "WARMUP_STEPS": 1}
+    env = small(toy_data, tmp_path, **knobs, GRAD_CLIP_NORM=0.5, GRAD_ACCUM_STEPS=1)
+    outcome = play(env, plant("poison", rows=rows), plant("note_digest"), ranks=ranks)
+    assert outcome.statuses == [0] * ranks, outcome.errs
+    for note in outcome.notes:  # good and moved, or bad and as it was: weights, moments, average
+        assert note["steps"] == [[step not in steps, step in steps] for step in range(40)]
+    assert len({note["digest"] for note in outcome.notes}) == 1
+    assert results(env)["skipped_steps"] == len(steps) >= 15
+    trace = [json.loads(line) for line in Path(env["RUN_DIR"], "trace.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in trace if row.get("ok") == 0] == sorted(steps)
+    assert outcome.out.count("skipped: loss") == len(steps)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_too_many_bad_steps_stop_the_run_in_words(toy_data, tmp_path, ranks):
+    rows = [[step, ranks - 1, "loss"] for step in (1, 2, 4)]
+    env = small(toy_data, tmp_path, ITERATIONS=9, MAX_BAD_STEPS=3)
+    outcome = play(env, plant("poison", rows=rows), ranks=ranks)
+    assert outcome.statuses == [2] * ranks
+    for err in outcome.errs:
+        assert "3 steps were not finite (MAX_BAD_STEPS=3)" in only_line(err)
+    assert len(losses(env)) == 5 and not Path(env["RUN_DIR"], "model.ptz").exists()
+
+
+def test_bad_steps_before_a_stop_are_remembered_after_it(toy_data, tmp_path):
+    env = small(toy_data, tmp_path, MAX_BAD_STEPS=3)
+    bad, stop = plant("poison", rows=[[0, 0, "loss"], [1, 0, "loss"], [4, 0, "loss"]]), {"step": 2, "actions": ["term"]}
+    assert play(env, bad, plant("at_step", **stop)).status == 143
+    outcome = play(env | {"RESUME": "1"}, bad)
+    assert outcome.status == 2 and "3 steps were not finite" in only_line(outcome.err)
+
+
+@pytest.mark.parametrize("size", [3, 8, 16])
+def test_a_number_of_ranks_that_does_not_divide_the_spans_is_refused(toy_data, tmp_path, size):
+    env = small(toy_data, tmp_path, GRAD_ACCUM_STEPS=0)
+    outcome = play(env | {"RANK": "0", "WORLD_SIZE": str(size)})
+    assert outcome.status == 2
+    line = only_line(outcome.err)
+    assert f"WORLD_SIZE={size}" in line and "does not divide the 4 spans" in line and "TRAIN_SPANS" in line
+    assert not Path(env["RUN_DIR"]).exists()
+
+
+def test_each_rank_tells_who_complains(toy_data, tmp_path):
+    env = small(toy_data, tmp_path, VOCAB_SIZE=400)
+    outcome = play(env, ranks=2)
+    assert outcome.statuses == [2, 2]
+    assert only_line(outcome.errs[0]).startswith("error: VOCAB_SIZE=400")
+    assert only_line(outcome.errs[1]).startswith("error (rank 1): VOCAB_SIZE=400")
+
+
+# --------------------------------------------------------------------------------------
+# Ranks that fail
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["kill", "raise", "complain"])
+def test_a_rank_that_fails_ends_the_others_in_seconds(toy_data, tmp_path, action):
+    env = small(toy_data, tmp_path, ITERATIONS=50)
+    outcome = play(env, plant("at_step", step=3, actions=[action], rank=1), ranks=2)
+    assert outcome.statuses[1] == {"kill": -9, "raise": 1, "complain": 2}[action]
+    assert outcome.statuses[0] not in (0, -9), "it ends by itself, before it is killed"
+    assert outcome.seconds < 10
+
+
+@pytest.mark.parametrize("action", ["kill", pytest.param("raise", marks=pytest.mark.full)])
+def test_torchrun_ends_within_a_minute_of_a_failure_and_leaves_no_process(toy_data, tmp_path, action):
+    env, begin = small(toy_data, tmp_path, ITERATIONS=100_000), time.monotonic()
+    fault = json.dumps([plant("at_step", step=3, actions=[action], rank=1)])
+    outcome = torchrun(2, env, ["run", fault], timeout=60, program=PROGRAM)
+    assert outcome.returncode != 0 and time.monotonic() - begin < 60
+    assert processes_with(env["RUN_DIR"]) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("action", ["stop", "stall"])
+def test_a_rank_that_stands_still_ends_the_job_by_the_time_limit_of_collectives(toy_data, tmp_path, action):
+    env, begin = small(toy_data, tmp_path, ITERATIONS=100_000, DIST_TIMEOUT=8), time.monotonic()
+    fault = json.dumps([plant("at_step", step=3, actions=[action], rank=1)])
+    outcome = torchrun(2, env, ["run", fault], timeout=75, program=PROGRAM)
+    assert outcome.returncode != 0 and time.monotonic() - begin < 75
+    assert "no progress for" in outcome.stderr and "in phase 'train'" in outcome.stderr
+    assert processes_with(env["RUN_DIR"]) == []
+
+
+def test_a_slow_rank_is_waited_for(toy_data, tmp_path):
+    env = small(toy_data, tmp_path, ITERATIONS=5, DIST_TIMEOUT=30)
+    outcome = play(env, plant("at_step", step=2, actions=["slow"], rank=1), ranks=2)
+    assert outcome.statuses == [0, 0] and outcome.seconds > 2
+    assert results(env)["train_seconds"] > 2
+
+
+def test_the_watchdog_names_the_rank_and_the_phase_that_stands_still(toy_data, tmp_path):
+    env = small(toy_data, tmp_path, ITERATIONS=3, DIST_TIMEOUT=2)
+    process = start_program(["run", json.dumps([plant("at_step", step=1, actions=["slow"])])], env, program=PROGRAM)
+    outcome = finish(process, timeout=30)
+    assert outcome.returncode == 0
+    assert "rank 0: no progress for 1 s in phase 'train'" in outcome.stderr

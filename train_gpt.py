@@ -98,6 +98,9 @@ class RunConfig:
                                    "SIGINT and at the end", within=(0.0, None))
     eval_only: bool = knob("EVAL_ONLY", False, "score ARTIFACT and stop, without training")
     artifact: str = knob("ARTIFACT", "", "artifact to score with EVAL_ONLY=1; empty means RUN_DIR/model.ptz")
+    sample: int = knob("SAMPLE", 0, "with EVAL_ONLY=1: print so many sampled tokens instead of a score",
+                       within=(0, 100000))
+    precompile: bool = knob("PRECOMPILE", False, "fill the compile cache with the warm-up's graphs and stop")
     nll_path: str = knob("NLL_PATH", "", ".npy that receives the nats of every target of the declared score")
     log_every: int = knob("TRAIN_LOG_EVERY", 200, "steps between log lines", within=(0, None), tiny=1)
     val_every: int = knob("VAL_LOSS_EVERY", 1000, "steps between validations, 0 = off",
@@ -299,6 +302,7 @@ class Config:
                 self.run.score != "sliding" or self.scoring.sliding,
                 "SCORE=sliding wants SLIDING_WINDOW_ENABLED=1",
             ),
+            (not self.run.sample or self.run.eval_only, "SAMPLE wants EVAL_ONLY=1 and an ARTIFACT"),
             (
                 not self.run.resume or bool(self.run.id or self.run.dir),
                 "RESUME=1 wants RUN_ID or RUN_DIR, to know which run",
@@ -1421,10 +1425,14 @@ def varlen_options(varlen: Callable) -> dict:
     return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
 
 
+def softcapped_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
+    """hidden (N,D), weight (V,D) -> cap * tanh(logits / cap) in float32, (N,V)."""
+    return cap * torch.tanh(wide(hidden @ weight.to(hidden.dtype).T) / cap)
+
+
 def softcapped_nll_ref(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N,D), weight (V,D), targets (N,) -> nats (N,): the meaning of every faster form."""
-    logits = wide(hidden @ weight.to(hidden.dtype).T)
-    return F.cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
+    return F.cross_entropy(softcapped_logits(hidden, weight, cap), targets, reduction="none")
 
 
 def softcapped_nll_and_grads(
@@ -1885,11 +1893,12 @@ class GPT(nn.Module):
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
         out = self.hidden(ctx)
-        weight = self.embed.effective(ctx.phase) if self.cfg.model.tied else self.head.effective(ctx.phase)
-        nll = softcapped_nll(
-            out.y.flatten(0, 1), weight, targets.flatten(), self.cfg.model.softcap, self.fast
-        )
+        weight, cap = self.head_weight(ctx.phase), self.cfg.model.softcap
+        nll = softcapped_nll(out.y.flatten(0, 1), weight, targets.flatten(), cap, self.fast)
         return nll.view(targets.shape), out
+
+    def head_weight(self, phase: Phase) -> Tensor:  # (V,D)
+        return self.embed.effective(phase) if self.cfg.model.tied else self.head.effective(phase)
 
     def hidden(self, ctx: Ctx) -> Out:
         """Embed, go down the encoder, come up the decoder with skips, normalise: (B,T) -> (B,T,D)."""
@@ -2717,7 +2726,7 @@ def scheme(cfg: Config) -> str:
 
 # ======================================================================================
 # 18. Evaluate -- every target exactly once; bits per byte
-# uses: Config Schedule Journal World Data Layers Model Export
+# uses: Config Schedule Journal World Data Kernels Layers Model Export
 # ======================================================================================
 
 
@@ -2853,6 +2862,19 @@ def score_artifact(blob: bytes, val: Validation, cfg: Config, world: World) -> d
     return scores
 
 
+@torch.no_grad()
+def sample_text(model: GPT, tokenizer: Tokenizer, cfg: Config, world: World) -> str:
+    """Text of SAMPLE tokens drawn from the model, from BOS on, with SEED: to look at, not to score."""
+    generator, phase = torch.Generator().manual_seed(cfg.budget.seed), final_phase(cfg)
+    ids = [tokenizer.bos]
+    for _ in range(cfg.run.sample):
+        recent = torch.tensor([ids[-cfg.eval_len :]], device=world.device)
+        hidden = model.hidden(Ctx(recent, None, cfg.eval_len, phase)).y[0, -1:]
+        share = softcapped_logits(hidden, model.head_weight(phase), cfg.model.softcap).softmax(-1)[0]
+        ids.append(int(torch.multinomial(share.cpu(), 1, generator=generator)))
+    return tokenizer.pieces(ids)
+
+
 # ======================================================================================
 # 19. Report -- what a run says of itself: log header, forecast, results.json, last table
 # uses: Config Journal World Data Model Train Export Evaluate
@@ -2880,9 +2902,8 @@ def read_facts(tokenizer: Tokenizer) -> Facts:
 
 
 def log_header(facts: Facts, cfg: Config, world: World) -> None:
-    """The source, the versions, and the lines that log readers of this field look for (rules 3.2)."""
+    """The versions, and the lines that log readers of this field look for (rules 3.2)."""
     journal = world.journal
-    journal.log(facts.source + "=" * 100, file_only=True)
     journal.log(
         f"Running Python {sys.version.split()[0]}\nRunning PyTorch {torch.__version__}", file_only=True
     )
@@ -3114,24 +3135,36 @@ def ship(model: GPT, cfg: Config, world: World) -> bytes:
     return blob
 
 
-def score_only(facts: Facts, val: Callable[[], Validation], cfg: Config, world: World) -> int:
-    """EVAL_ONLY=1: score an artifact that some run has written."""
-    world = choose_speed(cfg, world)
-    blob = Path(cfg.run.artifact or world.run_dir / "model.ptz").read_bytes()
+def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> None:
+    """EVAL_ONLY=1: score an artifact that some run has written, or print text drawn from it."""
+    world, what = choose_speed(cfg, world), cfg.run.artifact or world.run_dir / "model.ptz"
+    blob = Path(what).read_bytes()
     log_header(facts, cfg, world)
     log_sizes(blob, facts, world)
-    scores = score_artifact(blob, val(), cfg, world)
-    finish(results_of(None, scores, facts, cfg, world), blob, val(), facts, world)
-    return 0
+    if cfg.run.sample:
+        world = dataclasses.replace(world, compiling=False)  # every length would be a graph of its own
+        world.log(sample_text(load(blob, cfg, world, str(what)), tokenizer, cfg, world))
+        return
+    val = Validation(cfg, tokenizer)
+    scores = score_artifact(blob, val, cfg, world)
+    finish(results_of(None, scores, facts, cfg, world), blob, val, facts, world)
 
 
-def story(cfg: Config, world: World) -> int:
+def story(cfg: Config, doubts: list[str], world: World) -> int:
     """Train, ship, load what was shipped, score it. Returns the exit status."""
     tokenizer = load_tokenizer(cfg)
     facts, val = read_facts(tokenizer), functools.cache(lambda: Validation(cfg, tokenizer))
+    world.journal.log(facts.source + "=" * 100, file_only=True)
+    for doubt in doubts:
+        world.log(f"warning: {doubt}")
     if cfg.run.eval_only:
-        return score_only(facts, val, cfg, world)
+        score_only(facts, tokenizer, cfg, world)
+        return 0
     t = open_trainer(facts, tokenizer, cfg, world)
+    if cfg.run.precompile:
+        t.loader.close()
+        world.log("precompiled: the graphs of this configuration are in the compile cache")
+        return 0
     blob = train_and_ship(t, val, facts)
     if blob is None:
         return 128 + signal.SIGTERM
@@ -3151,11 +3184,9 @@ def run(env: dict[str, str]) -> int:
     if cfg.run.strict and doubts:
         raise UserError("; ".join(doubts))
     world = open_world(cfg, env)
-    for doubt in doubts:
-        world.log(f"warning: {doubt}")
     try:
         with watchdog(world, cfg.compute.dist_timeout):
-            return story(cfg, world)
+            return story(cfg, doubts, world)
     except UserError as e:
         world.journal.log(f"error: {e}", file_only=True)
         raise

@@ -68,15 +68,17 @@ def plant(kind: str, /, **values) -> list:
     return [kind, values]
 
 
-def play(env: dict, *plants: list, ranks=1, args=(), kill_after=None, call=None, timeout=60.0) -> Outcome:
+def play(
+    env: dict, *plants: list, ranks=1, args=(), cwd=ROOT, kill_after=None, call=None, timeout=60.0
+) -> Outcome:
     """Run the program, or the function `call` of this file, in forked children; see the head of this file.
 
-    `kill_after` seconds every rank gets SIGKILL. A run that outlives `timeout` is killed, and an error.
+    After `kill_after` seconds every rank gets SIGKILL. A run that outlives `timeout` is an error.
     """
     request = {
         "env": {k: str(v) for k, v in env.items()},
         "plants": plants, "ranks": ranks, "args": list(map(str, args)), "kill_after": kill_after,
-        "call": call, "timeout": timeout,
+        "cwd": str(cwd), "call": call, "timeout": timeout,
     }  # fmt: skip
     reply = stage().ask(request)
     late, outcome = reply.pop("late"), Outcome(**reply)
@@ -273,6 +275,7 @@ def child(request: dict, env: dict[str, str], place: Path) -> None:
         os.environ.clear()
         os.environ.update(kept | env)
         sys.argv[1:] = request["args"]
+        os.chdir(request["cwd"])
         try:
             status = perform(request["plants"], request["call"])
         finally:

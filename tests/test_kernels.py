@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from train_gpt import (
+    attend_blocked,
     attend_segments_ref,
     chunk_rows,
     pick_attention,
@@ -222,8 +223,45 @@ def test_whole_rows_attend_as_one_segment_each():
     want = naive(q, k, v, [0, 20, 40, 60])
     assert (sdpa(*rows).reshape(want.shape) - want).abs().max() <= 1e-12
     assert (
-        pick_attention(CPU, torch.float32)[1](*rows, None, 20).reshape(want.shape) - want
+        pick_attention(CPU, torch.float32, False)[1](*rows, None, 20).reshape(want.shape) - want
     ).abs().max() <= 1e-12
+
+
+def attended(form, qkv, g):
+    """What a form gives, and its gradients for the incoming one."""
+    out = form(*qkv)
+    return out, *torch.autograd.grad(out, qkv, g)
+
+
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300])
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2), (3, 1)])
+def test_attention_by_blocks_of_queries_is_attention(length, shape):
+    """Forward, and each gradient to float32's rounding; two rows, so that they are told apart."""
+    both = [heads(length, torch.float32, 16, *shape) for _ in range(2)]
+    qkv = [torch.cat(pair).detach().requires_grad_() for pair in zip(*both, strict=True)]
+    g = torch.randn(2, length, shape[0], 16)
+    found = attended(attend_blocked, qkv, g)
+    for row in range(2):
+        one = [t[row : row + 1].detach().double().requires_grad_() for t in qkv]
+        want = attended(lambda q, k, v: naive(q, k, v, [0, length]), one, g[row : row + 1].double())
+        for a, b in zip(found, want, strict=True):
+            assert (a[row] - b[0]).abs().max() <= 1e-5
+
+
+def test_attention_by_blocks_is_near_in_bfloat16():
+    """As near to the truth as torch's own, within a factor of two."""
+    qkv, g = heads(300, torch.float32, 32), torch.randn(1, 300, 4, 32)
+    low = [t.detach().bfloat16().requires_grad_() for t in qkv]
+    truth_64 = attended(lambda q, k, v: naive(q, k, v, [0, 300]), [t.double() for t in low], g.double())
+    ours_16, torch_16 = (attended(form, low, g.bfloat16()) for form in (attend_blocked, sdpa))
+    for ours_one, torch_one, want in zip(ours_16, torch_16, truth_64, strict=True):
+        assert distance(ours_one, want) <= 2 * distance(torch_one, want) <= 0.03
+
+
+def test_long_rows_go_back_by_torch(monkeypatch):
+    monkeypatch.setattr(train_gpt.BlockedAttention, "apply", lambda *_: pytest.fail("unrolled 1,025 tokens"))
+    q, k, v = heads(1025, torch.float32, 4, 1, 1)
+    assert torch.equal(attend_blocked(q, k, v), sdpa(q, k, v))
 
 
 def test_empty_segments_are_nothing():
@@ -302,7 +340,7 @@ def check(attend, dense: Spy, varlen: Spy):
 def test_hopper_takes_flash_attention_3_first(bare, pair):
     flash(bare, "flash_attn")
     spies = flash(bare, "flash_attn_interface", pair)
-    name, attend = pick_attention(CUDA, torch.bfloat16)
+    name, attend = pick_attention(CUDA, torch.bfloat16, False)
     assert name == "flash-attn-3"
     check(attend, *spies)
     options = spies[1].calls[0][4]
@@ -316,10 +354,10 @@ def test_other_gpus_take_flash_attention_2_though_3_is_installed(bare):
     spies = flash(bare, "flash_attn")
     for capability in ((8, 0), (12, 0)):
         bare.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert pick_attention(CUDA, torch.bfloat16)[0] == "flash-attn-2"
+        assert pick_attention(CUDA, torch.bfloat16, False)[0] == "flash-attn-2"
     bare.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     plant(bare, "flash_attn_interface")
-    name, attend = pick_attention(CUDA, torch.bfloat16)
+    name, attend = pick_attention(CUDA, torch.bfloat16, False)
     assert name == "flash-attn-2"
     check(attend, *spies)
 
@@ -346,7 +384,7 @@ def varlen_of(spy: Spy, era: str):
 def test_torch_varlen_is_next_and_groups_heads_itself(bare):
     varlen, dense = Spy(True), Spy(False)
     plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(varlen, "2.12"))
-    name, attend = pick_attention(CUDA, torch.bfloat16)
+    name, attend = pick_attention(CUDA, torch.bfloat16, False)
     assert name == "torch-varlen"
     check(attend, dense, varlen)
     assert varlen.calls[0][3][2:] == (6, 6)
@@ -356,7 +394,7 @@ def test_only_a_kernel_that_cannot_group_heads_gets_them_repeated(bare):
     varlen = Spy(True)
     plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(varlen, "2.10"))
     docs, (q, k, v) = boundaries([3, 1, 6]), heads(10)
-    name, attend = pick_attention(CUDA, torch.bfloat16)
+    name, attend = pick_attention(CUDA, torch.bfloat16, False)
     assert name == "torch-varlen"
     assert (attend(q, k, v, docs, 6) - attend_segments_ref(q, k, v, docs)).abs().max() <= 1e-12
     assert varlen.calls[0][1] == (10, 4, 8)
@@ -371,7 +409,7 @@ def test_options_are_those_of_the_installed_torch():
 
 
 def test_without_kernels_attention_is_sdpa(bare):
-    name, attend = pick_attention(CUDA, torch.bfloat16)
+    name, attend = pick_attention(CUDA, torch.bfloat16, False)
     assert name == "sdpa"
     docs, (q, k, v) = boundaries([3, 1, 6]), heads(10)
     assert torch.equal(attend(q, k, v, docs, 6), attend_segments_ref(q, k, v, docs))
@@ -380,5 +418,19 @@ def test_without_kernels_attention_is_sdpa(bare):
 def test_float32_and_cpus_take_no_half_precision_kernel(bare):
     for name in ("flash_attn_interface", "flash_attn"):
         flash(bare, name)
-    assert pick_attention(CUDA, torch.float32)[0] == "sdpa"
-    assert pick_attention(CPU, torch.bfloat16)[0] == "sdpa"
+    assert pick_attention(CUDA, torch.float32, False)[0] == "sdpa"
+    assert pick_attention(CPU, torch.bfloat16, False)[0] == "sdpa"
+    assert pick_attention(CPU, torch.float32, True)[0] == "sdpa"
+
+
+def test_only_compiled_bfloat16_blocks_on_a_cpu_go_back_by_blocks(monkeypatch):
+    name, attend = pick_attention(CPU, torch.bfloat16, True)
+    assert name == "sdpa-blocked"
+    calls, real = [], train_gpt.BlockedAttention.apply
+    monkeypatch.setattr(train_gpt.BlockedAttention, "apply", lambda *t: calls.append(t) or real(*t))
+    q, k, v = heads(10)
+    assert torch.equal(attend(q, k, v, None, 10), sdpa(q, k, v))
+    assert len(calls) == 1
+    docs = boundaries([3, 1, 6])
+    assert torch.equal(attend(q, k, v, docs, 10), segment_operator()(q, k, v, docs))
+    assert len(calls) == 1

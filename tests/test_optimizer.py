@@ -260,14 +260,13 @@ def test_step_that_must_not_happen_changes_not_a_bit(poison):
 
 
 @pytest.mark.parametrize("where", ["embed.weight", "blocks.2.mlp.proj.weight", "skip_weights"])
-def test_one_infinite_gradient_stops_the_step_of_all(where, monkeypatch):
+def test_one_infinite_gradient_stops_the_step_of_all(where):
     t, cfg = trainer(config(EMA_DECAY=0.9)), config()
     before = snapshot(t)
     tokens = tokens_of(2, 33, cfg)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], None)
-    handle = t.model.get_parameter(where).register_hook(
-        lambda g: g.index_fill(0, torch.tensor([1]), math.inf)
-    )
+    first = torch.tensor([0])
+    handle = t.model.get_parameter(where).register_hook(lambda g: g.index_fill(0, first, math.inf))
     assert train_step(t, [batch], PLAIN)[2] == 0
     assert equal(snapshot(t), before)
     handle.remove()

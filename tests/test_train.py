@@ -1,0 +1,396 @@
+"""Train: steps lower the loss, warm-up leaves no mark, and every knob does something."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from conftest import Toy, make_shards, tiny_env, toy_documents, train_toy_tokenizer
+from test_model import config, lone
+from train_gpt import (
+    Clock,
+    Loader,
+    Trainer,
+    UserError,
+    all_knobs,
+    make_model,
+    read_artifact_header,
+    read_config,
+    warm_up,
+)  # fmt: skip
+
+BRIEF = {"ITERATIONS": "3", "VAL_MAX_TOKENS": "300", "GRAD_ACCUM_STEPS": "1"}
+
+
+class Run(NamedTuple):
+    """What a run has left behind."""
+
+    folder: Path
+    error: str  # the text of a UserError, or ""
+
+    def read(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def trace(self) -> list[dict]:
+        return [json.loads(line) for line in self.read("trace.jsonl").splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [float.fromhex(row["loss"]) for row in self.trace if "loss" in row]
+
+    @property
+    def results(self) -> dict:
+        return json.loads(self.read("results.json") or "{}")
+
+    @property
+    def log(self) -> list[str]:
+        """Lines of train.log after the source."""
+        return self.read("train.log").split("=" * 100 + "\n", 1)[-1].splitlines()
+
+    def lines(self, start: str) -> list[str]:
+        return [line for line in self.log if line.startswith(start)]
+
+    @property
+    def blob(self) -> bytes:
+        return (self.folder / "model.ptz").read_bytes()
+
+
+def try_here(folder: Path, data: Toy, **knobs) -> Run:
+    """The whole program in this process, tiny and brief; a refusal is an outcome too."""
+    env = tiny_env(**(BRIEF | data.env | {"RUN_DIR": folder} | knobs))
+    try:
+        assert train_gpt.run(env) == 0
+    except UserError as e:
+        return Run(folder, str(e))
+    return Run(folder, "")
+
+
+def run_here(folder: Path, data: Toy, **knobs) -> Run:
+    run = try_here(folder, data, **knobs)
+    assert not run.error, run.error
+    return run
+
+
+# --------------------------------------------------------------------------------------
+# Learning
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_thirty_steps_lower_the_loss(tmp_path, toy_data, packing):
+    run = run_here(tmp_path, toy_data, ITERATIONS=30, TRAIN_BATCH_TOKENS=1024, DOC_PACKING=packing)
+    assert len(run.losses) == 30
+    assert abs(run.losses[0] - np.log(320)) < 0.05
+    assert np.mean(run.losses[-5:]) < run.losses[0] - 1.0
+    assert all(row["ok"] == 1 for row in run.trace if "loss" in row)
+
+
+EVERYTHING = {
+    "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1, "LATE_QAT_THRESHOLD": 0.5, "EMA_DECAY": 0.9,
+    "ITERATIONS": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_warm_up_leaves_no_trace(tmp_path, toy_data, packing):
+    """But for the hash of the configuration in the artifact, which knows the number of warm-up steps."""
+    knobs = EVERYTHING | {"DOC_PACKING": packing, "VAL_LOSS_EVERY": 2}
+    cold, warm = (run_here(tmp_path / str(n), toy_data, WARMUP_STEPS=n, **knobs) for n in (0, 3))
+    assert [len(run.lines("warmup_step:")) for run in (cold, warm)] == [0, 4]
+    traces = [
+        [line for line in run.read("trace.jsonl").splitlines() if "sha256" not in line]
+        for run in (cold, warm)
+    ]
+    assert traces[0] == traces[1]
+    assert len(traces[0]) == 6 + 3 + 2
+    headers, payloads = zip(
+        *(read_artifact_header(run.blob, "artifact") for run in (cold, warm)), strict=True
+    )
+    assert {key for key in headers[0] if headers[0][key] != headers[1][key]} == {"config_hash"}
+    assert payloads[0] == payloads[1]
+
+
+def test_warm_up_restores_weights_moments_averages_and_the_random_state(toy_data):
+    cfg = read_config(tiny_env(**toy_data.env, **EVERYTHING, WARMUP_STEPS=2))
+    t = Trainer(make_model(cfg, lone()), Loader(cfg, lone(), 1), cfg, lone(), "source")
+    torch.manual_seed(5)
+    before, random = {n: live.clone() for n, live in t.tensors().items()}, torch.get_rng_state()
+    moved = []
+    real = train_gpt.train_step
+
+    def watched(t, batches, phase):
+        torch.rand(3)
+        figures = real(t, batches, phase)
+        moved.append((phase.loops, phase.qat, all(torch.equal(b, t.tensors()[n]) for n, b in before.items())))
+        return figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "train_step", watched)
+        warm_up(t)
+    t.loader.close()
+    assert [m[:2] for m in moved] == [(0, False)] * 2 + [(1, False)] * 2 + [(0, True)] * 2 + [(1, True)] * 2
+    assert not any(same for _, _, same in moved)
+    assert all(torch.equal(live, before[name]) for name, live in t.tensors().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in t.model.parameters())
+    assert (t.state.step, t.state.skipped, len(t.reports)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_micro_batches_give_the_steps_of_one_batch(tmp_path, toy_data, packing):
+    """After five steps, to 1e-5 in every loss and in the score of the weights."""
+    shared = {
+        "ITERATIONS": 5,
+        "MATRIX_BITS": 16,
+        "EMBED_BITS": 16,
+        "DOC_PACKING": packing,
+        "GRAD_CLIP_NORM": 0.5,
+    }
+    runs = [run_here(tmp_path / str(n), toy_data, GRAD_ACCUM_STEPS=n, **shared) for n in (1, 2, 8)]
+    whole = runs[0]
+    for run in runs[1:]:
+        assert np.allclose(run.losses, whole.losses, rtol=1e-5, atol=0)
+        a, b = (r.results["scores"]["pre_quant"]["val_loss"] for r in (run, whole))
+        assert a == pytest.approx(b, rel=1e-5)
+    assert len(set(whole.losses)) == 5
+
+
+def test_late_quantiser_changes_the_losses_from_its_step_on(tmp_path, toy_data):
+    """Rates 1, 1, 1, 1, 2/3, 1/3: below a half the last step alone, below 0.9 the last two."""
+    losses = {
+        late: run_here(
+            tmp_path / str(late), toy_data, ITERATIONS=6, MATRIX_BITS=6, LATE_QAT_THRESHOLD=late
+        ).losses
+        for late in (0, 0.5, 0.9)
+    }
+    assert [a == b for a, b in zip(losses[0], losses[0.5], strict=True)] == [True] * 5 + [False]
+    assert [a == b for a, b in zip(losses[0], losses[0.9], strict=True)] == [True] * 4 + [False] * 2
+
+
+def test_validation_happens_at_its_steps(tmp_path, toy_data):
+    run = run_here(tmp_path, toy_data, ITERATIONS=5, VAL_LOSS_EVERY=2)
+    assert [row["step"] for row in run.trace if "val_loss" in row and "step" in row] == [1, 3]
+    assert [line.split()[0] for line in run.lines("step:") if "val_bpb" in line] == ["step:2/5", "step:4/5"]
+
+
+def test_validation_during_training_does_not_change_it(tmp_path, toy_data):
+    often, never = (run_here(tmp_path / str(n), toy_data, VAL_LOSS_EVERY=n, ITERATIONS=4) for n in (1, 0))
+    assert often.losses == never.losses
+    assert often.blob == never.blob
+
+
+def test_run_without_steps_ships_the_first_weights(tmp_path, toy_data):
+    run = run_here(tmp_path, toy_data, ITERATIONS=0)
+    assert run.losses == []
+    assert run.results["steps"] == run.results["train_tokens"] == run.results["tokens_per_second"] == 0
+    assert run.results["scores"]["roundtrip"]["val_loss"] == pytest.approx(np.log(320), abs=0.05)
+
+
+def test_two_runs_leave_the_same_trace(tmp_path, toy_data):
+    one, two = (run_here(tmp_path / name, toy_data, ITERATIONS=4) for name in "ab")
+    assert one.read("trace.jsonl") == two.read("trace.jsonl") != ""
+    assert one.blob == two.blob
+
+
+# --------------------------------------------------------------------------------------
+# Every knob does something
+# --------------------------------------------------------------------------------------
+
+
+class Effect(NamedTuple):
+    """Changing a knob from a base changes something that can be seen of the run."""
+
+    change: dict
+    base: dict = MappingProxyType({})
+    seen: Callable[[Run], object] = lambda run: run.read("trace.jsonl")
+
+
+def lines(start: str) -> Callable[[Run], list[str]]:
+    return lambda run: run.lines(start)
+
+
+def count(start: str) -> Callable[[Run], int]:
+    return lambda run: len(run.lines(start))
+
+
+def result(key: str) -> Callable[[Run], object]:
+    return lambda run: run.results.get(key)
+
+
+def error(run: Run) -> str:
+    return run.error
+
+
+def files(run: Run) -> list[str]:
+    return sorted(path.name for path in run.folder.iterdir())
+
+
+UNTIED, SLIDING = {"TIE_EMBEDDINGS": 0}, {"SLIDING_WINDOW_ENABLED": 1}
+LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0}
+EFFECTS = {
+    "RUN_ID": Effect({"RUN_ID": "other"}, seen=result("run_id")),
+    "DATA_PATH": Effect({"DATA_PATH": "{other}"}),
+    "TOKENIZER_PATH": Effect({"TOKENIZER_PATH": "{other}/tokenizer.model"}),
+    "STRICT": Effect({"STRICT": 1}, {"MODEL_DIMS": 64}, error),
+    "CHECKPOINT_EVERY": Effect(
+        {"CHECKPOINT_EVERY": 1e-6}, seen=lambda run: len(run.lines("checkpoint:saved"))
+    ),
+    "NLL_PATH": Effect({"NLL_PATH": "{folder}/nats.npy"}, seen=files),
+    "TRAIN_LOG_EVERY": Effect(
+        {"TRAIN_LOG_EVERY": 6}, {"TRAIN_LOG_EVERY": 0, "ITERATIONS": 12}, count("step:")
+    ),
+    "VAL_LOSS_EVERY": Effect({"VAL_LOSS_EVERY": 2}),
+    "SCORE": Effect({"SCORE": "sliding"}, SLIDING, result("score")),
+    "SEED": Effect({"SEED": 1}),
+    "ITERATIONS": Effect({"ITERATIONS": 2}),
+    "MAX_WALLCLOCK_SECONDS": Effect({"MAX_WALLCLOCK_SECONDS": 0.001}, seen=result("steps")),
+    "WARMUP_STEPS": Effect({"WARMUP_STEPS": 0}, seen=lines("warmup_step:")),
+    "MAX_BAD_STEPS": Effect({"MAX_BAD_STEPS": 2}, {"QK_GAIN_INIT": 3e38}, error),
+    "DEVICE": Effect(
+        {"DEVICE": "cuda"}, {"DEVICE": "cpu"}, lambda run: (run.error, run.results.get("device"))
+    ),
+    "DTYPE": Effect({"DTYPE": "bfloat16"}),
+    "TRAIN_BATCH_TOKENS": Effect({"TRAIN_BATCH_TOKENS": 512}),
+    "TRAIN_SEQ_LEN": Effect({"TRAIN_SEQ_LEN": 16}),
+    "TRAIN_SPANS": Effect({"TRAIN_SPANS": 4}),
+    "GRAD_ACCUM_STEPS": Effect({"GRAD_ACCUM_STEPS": 4}, seen=lines("world_size:")),
+    "DOC_PACKING": Effect({"DOC_PACKING": 1}),
+    "VOCAB_SIZE": Effect({"VOCAB_SIZE": 321}, seen=error),
+    "NUM_LAYERS": Effect({"NUM_LAYERS": 2}),
+    "MODEL_DIM": Effect({"MODEL_DIM": 48}),
+    "NUM_HEADS": Effect({"NUM_HEADS": 2}),
+    "NUM_KV_HEADS": Effect({"NUM_KV_HEADS": 1}),
+    "MLP_MULT": Effect({"MLP_MULT": 2.5}),
+    "TIE_EMBEDDINGS": Effect({"TIE_EMBEDDINGS": 0}),
+    "TIED_EMBED_INIT_STD": Effect({"TIED_EMBED_INIT_STD": 0.1}),
+    "LOGIT_SOFTCAP": Effect({"LOGIT_SOFTCAP": 5}),
+    "ROPE_BASE": Effect({"ROPE_BASE": 100}),
+    "QK_GAIN_INIT": Effect({"QK_GAIN_INIT": 3}),
+    "NUM_LOOPS": Effect({"NUM_LOOPS": 2}, LOOPS),
+    "LOOP_START": Effect({"LOOP_START": 1}, LOOPS),
+    "LOOP_END": Effect({"LOOP_END": 2}, LOOPS),
+    "ENABLE_LOOPING_AT": Effect({"ENABLE_LOOPING_AT": 0.5}, LOOPS),
+    "MATRIX_LR": Effect({"MATRIX_LR": 0.01}),
+    "SCALAR_LR": Effect({"SCALAR_LR": 0.01}),
+    "TIED_EMBED_LR": Effect({"TIED_EMBED_LR": 0.01}),
+    "EMBED_LR": Effect({"EMBED_LR": 0.1}, UNTIED),
+    "HEAD_LR": Effect({"HEAD_LR": 0.1}, UNTIED),
+    "BETA1": Effect({"BETA1": 0.5}),
+    "BETA2": Effect({"BETA2": 0.5}),
+    "ADAM_EPS": Effect({"ADAM_EPS": 1e-3}),
+    "MUON_MOMENTUM": Effect({"MUON_MOMENTUM": 0.5}),
+    "MUON_MOMENTUM_WARMUP_START": Effect({"MUON_MOMENTUM_WARMUP_START": 0.5}),
+    "MUON_MOMENTUM_WARMUP_STEPS": Effect({"MUON_MOMENTUM_WARMUP_STEPS": 2}),
+    "MUON_BACKEND_STEPS": Effect({"MUON_BACKEND_STEPS": 3}),
+    "GRAD_CLIP_NORM": Effect({"GRAD_CLIP_NORM": 0.01}),
+    "EMA_DECAY": Effect({"EMA_DECAY": 0.9}),
+    "WARMDOWN_FRAC": Effect({"WARMDOWN_FRAC": 0.9}),
+    "WARMDOWN_ITERS": Effect({"WARMDOWN_ITERS": 1}),
+    "MIN_LR": Effect({"MIN_LR": 0.9}),
+    "QAT_ENABLED": Effect({"QAT_ENABLED": 1}),
+    "LATE_QAT_THRESHOLD": Effect({"LATE_QAT_THRESHOLD": 0.9}),
+    "MATRIX_BITS": Effect({"MATRIX_BITS": 6}),
+    "EMBED_BITS": Effect({"EMBED_BITS": 6}),
+    "INT8_CLIP_PERCENTILE": Effect({"INT8_CLIP_PERCENTILE": 95}),
+    "ROW_SCALE_FLOOR": Effect({"ROW_SCALE_FLOOR": 0.01}),
+    "EVAL_SEQ_LEN": Effect({"EVAL_SEQ_LEN": 16}),
+    "SLIDING_WINDOW_ENABLED": Effect(SLIDING),
+    "EVAL_STRIDE": Effect({"EVAL_STRIDE": 4}, SLIDING),
+    "VAL_MAX_TOKENS": Effect({"VAL_MAX_TOKENS": 200}),
+}
+
+EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
+    "RUN_DIR": "every run of this file sets it and finds its files there",
+    "OVERWRITE": "test_used_folder_is_cleared_only_when_asked: it takes two runs in one folder",
+    "RESUME": "test_resume.py: it takes a run that was stopped",
+    "EVAL_ONLY": "test_export.py: it takes an artifact, and trains nothing",
+    "ARTIFACT": "test_export.py: it names what EVAL_ONLY scores",
+    "COMPILE": "test_compile.py: it needs a C++ compiler, and its traces differ in the last bits",
+    "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",
+    "DIST_TIMEOUT": "test_timeout_reaches_the_watchdog: nothing hangs in an honest run",
+    "VAL_BATCH_TOKENS": "test_evaluate.py: the scores must not depend on it",
+}
+
+
+def test_every_knob_has_an_effect_or_a_reason():
+    assert sorted([*EFFECTS, *EXEMPT]) == sorted(all_knobs())
+    assert all(len(reason.split()) > 5 for reason in EXEMPT.values())
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> tuple[Path, Toy]:
+    """Another folder of data, and the usual one: random tokens, a tokenizer each."""
+    made = []
+    for seed in (1, 0):
+        folder = tmp_path_factory.mktemp("data")
+        make_shards(folder, train=(6_000,), val=(600,), seed=seed)
+        model = train_toy_tokenizer(folder / "tokenizer", toy_documents(200 + 100 * seed, seed), 320)
+        made.append(Toy(folder, model, 320, {}))
+    return made[0].path, made[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, worlds):
+    """Runs by their knobs, each made once."""
+    other, data = worlds
+    made: dict[str, Run] = {}
+
+    def get(knobs: dict) -> Run:
+        key = json.dumps(knobs, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            values = {name: str(v).format(other=other, folder=folder) for name, v in knobs.items()}
+            made[key] = try_here(folder, data, **values)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("env", EFFECTS)
+def test_knob_has_an_effect(env, outcomes):
+    effect = EFFECTS[env]
+    assert set(effect.change) == {env}
+    base, changed = outcomes({**effect.base}), outcomes({**effect.base, **effect.change})
+    assert effect.seen(base) != effect.seen(changed)
+    if effect.seen is not error and env != "DEVICE":
+        assert (base.error, changed.error) == ("", "")
+
+
+def test_used_folder_is_cleared_only_when_asked(tmp_path, toy_data):
+    first = run_here(tmp_path, toy_data)
+    before = first.read("trace.jsonl")
+    assert "already holds a run" in try_here(tmp_path, toy_data, SEED=1).error
+    assert first.read("trace.jsonl") == before
+    (tmp_path / "notes.txt").write_text("mine")
+    again = run_here(tmp_path, toy_data, SEED=1, OVERWRITE=1)
+    assert len(again.trace) == len(before.splitlines())
+    assert again.read("trace.jsonl") != before
+    assert again.read("notes.txt") == "mine"
+
+
+def test_clock_waits_for_the_device_as_often_as_told():
+    def waits(every: int, typical: float) -> list[int]:
+        clock = Clock(config(CLOCK_SYNC_EVERY=every), lone(), 0.0)
+        clock.times.append(typical)
+        return [step for step in range(12) if clock.sync_due(step)]
+
+    assert waits(5, 0.01) == [0, 5, 10]
+    assert waits(0, 0.01) == list(range(12))
+    assert waits(0, 0.5) == [0, 4, 8]
+
+
+def test_timeout_reaches_the_watchdog(tmp_path, toy_data, monkeypatch):
+    limits, real = [], train_gpt.watchdog
+    monkeypatch.setattr(
+        train_gpt, "watchdog", lambda world, limit: limits.append(limit) or real(world, limit)
+    )
+    run_here(tmp_path, toy_data, DIST_TIMEOUT=17)
+    assert limits == [17.0]

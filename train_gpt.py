@@ -53,8 +53,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FROZEN: dict[str, str] = {}  # build_submission.py writes the chosen environment here
-SOURCE_STAGE = "source"  # and which stage of the build this program is
+FROZEN: dict[str, str] = {}  # build_submission.py writes the chosen environment here,
+LIVE_DEFAULTS: dict[str, str] = {}  # here its knobs of these sections, which the environment still sets,
+LIVE_SECTIONS = ("run", "budget", "compute")
+SOURCE_STAGE = "source"  # and here which stage of the build this program is
 SIZE_LIMIT = 16_000_000  # bytes of code and weights together; decimal, not MiB (challenge README)
 
 # ======================================================================================
@@ -139,9 +141,9 @@ class DataConfig:
                              within=(1, None), tiny=256)
     seq_len: int = knob("TRAIN_SEQ_LEN", 1024, "longest context in training", within=(1, None), tiny=32)
     spans: int = knob("TRAIN_SPANS", 8, "contiguous pieces of text per step; ranks x micro-batches divide it",
-                      within=(1, None))
+                      within=(1, None), tiny=8)
     accum: int = knob("GRAD_ACCUM_STEPS", 0, "micro-batches per rank and step; 0 = TRAIN_SPANS / ranks",
-                      within=(0, None))
+                      within=(0, None), tiny=0)
     packing: bool = knob("DOC_PACKING", False, "spans begin at a BOS, and attention stays inside documents")
 
     @property
@@ -182,8 +184,8 @@ class LoopConfig:
     """Depth recurrence: layers first..last are visited count extra times (record 1855, 2.8)."""
 
     count: int = knob("NUM_LOOPS", 0, "extra visits of the looped layers; 0 = none", within=(0, 16))
-    first: int = knob("LOOP_START", 3, "first looped layer, counted from 0", within=(0, None))
-    last: int = knob("LOOP_END", 5, "last looped layer", within=(0, None))
+    first: int = knob("LOOP_START", 3, "first looped layer, counted from 0", within=(0, None), tiny=1)
+    last: int = knob("LOOP_END", 5, "last looped layer, itself included", within=(0, None), tiny=1)
     at: float = knob("ENABLE_LOOPING_AT", 0.35, "share of the run before looping", within=(0.0, 1.0))
 
     @property
@@ -241,7 +243,8 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    seq_len: int = knob("EVAL_SEQ_LEN", 0, "context in evaluation; 0 = TRAIN_SEQ_LEN", within=(0, None))
+    seq_len: int = knob("EVAL_SEQ_LEN", 0, "context in evaluation; 0 = TRAIN_SEQ_LEN", within=(0, None),
+                        tiny=0)
     batch_tokens: int = knob("VAL_BATCH_TOKENS", 524288, "tokens per evaluation forward, all ranks and spans "
                              "together", within=(1, None), tiny=512)
     sliding: bool = knob("SLIDING_WINDOW_ENABLED", False, "score a second time with sliding windows")
@@ -295,7 +298,7 @@ class Config:
                 f"LOOP_START={loop.first}, LOOP_END={loop.last} want start <= end < NUM_LAYERS={m.layers}",
             ),
             (
-                self.scoring.stride <= self.eval_len,
+                not self.scoring.sliding or self.scoring.stride <= self.eval_len,
                 f"EVAL_STRIDE={self.scoring.stride} is longer than the evaluation context of {self.eval_len}",
             ),
             (
@@ -769,10 +772,17 @@ def close_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def make_run_dir(cfg: Config) -> Path:
-    """RUN_DIR, ready to be written. Raises UserError rather than write over another run."""
+def run_folder(cfg: Config) -> Path:
+    """Where this run writes. Scoring a run's own artifact goes beside the run's files, not over them."""
     name = cfg.run.id or time.strftime("%Y%m%d_%H%M%S") + f"_{os.getpid()}"
     folder = Path(cfg.run.dir or f"runs/{name}")
+    own = cfg.run.eval_only and not cfg.run.artifact
+    return folder / time.strftime("eval_%Y%m%d_%H%M%S") if own else folder
+
+
+def make_run_dir(cfg: Config) -> Path:
+    """RUN_DIR, ready to be written. Raises UserError rather than write over another run."""
+    folder = run_folder(cfg)
     used = (folder / "train.log").exists()
     if used and not (cfg.run.resume or cfg.run.overwrite):
         raise UserError(
@@ -992,10 +1002,9 @@ class Shards:
 
     def shard(self, i: int) -> np.ndarray:
         if i not in self.open:
-            tokens = np.memmap(self.paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES)
-            top = max(
-                (int(part.max()) for part in np.array_split(tokens, max(1, len(tokens) >> 24))), default=0
-            )
+            tokens = self.unchecked(i)
+            blocks = np.array_split(tokens, max(1, len(tokens) >> 24)) if len(tokens) else []
+            top = max((int(block.max()) for block in blocks), default=0)
             if top >= self.vocab:
                 raise UserError(
                     f"{self.paths[i]} holds token id {top}, beyond VOCAB_SIZE={self.vocab}; the shards "
@@ -1003,6 +1012,20 @@ class Shards:
                 )
             self.open[i] = tokens
         return self.open[i]
+
+    def unchecked(self, i: int) -> np.ndarray:
+        if self.ends[i] == (self.ends[i - 1] if i else 0):  # an empty file cannot be mapped
+            return np.zeros(0, "<u2")
+        return np.memmap(self.paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+    def first(self, i: int, token: int) -> int | None:
+        """Position of a token's first occurrence in a shard, reading no further than that."""
+        tokens = self.unchecked(i)
+        for at in range(0, len(tokens), 1 << 20):
+            found = np.flatnonzero(tokens[at : at + (1 << 20)] == token)
+            if len(found):
+                return at + int(found[0])
+        return None
 
     def take(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start`, over shard edges and around the end."""
@@ -1068,14 +1091,14 @@ class DocumentSpans:
         self.length = cfg.data.span + 1
         self.starts, steps = [], []
         for i, path in enumerate(shards.paths):
-            where = np.flatnonzero(shards.shard(i) == bos)
-            if len(where) == 0:
+            start = shards.first(i, bos)
+            if start is None:
                 raise UserError(
                     f"{path} has no BOS token (id {bos}), so no document can be found; prepare it with "
                     f"data/prepare.py or set DOC_PACKING=0"
                 )
-            self.starts.append(int(where[0]))
-            steps.append((len(shards.shard(i)) - int(where[0])) // (self.length * cfg.data.spans))
+            self.starts.append(start)
+            steps.append((len(shards.unchecked(i)) - start) // (self.length * cfg.data.spans))
         self.ends = list(itertools.accumulate(steps))
         if self.ends[-1] == 0:
             raise UserError(
@@ -2994,7 +3017,7 @@ def foreign_files() -> list[str]:
     return sorted(
         f
         for f in files
-        if not f.startswith(homes) and f.endswith(".py") and Path(f).resolve() != Path(__file__).resolve()
+        if not f.startswith(homes) and Path(f).is_file() and Path(f).resolve() != Path(__file__).resolve()
     )
 
 
@@ -3137,7 +3160,7 @@ def ship(model: GPT, cfg: Config, world: World) -> bytes:
 
 def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> None:
     """EVAL_ONLY=1: score an artifact that some run has written, or print text drawn from it."""
-    world, what = choose_speed(cfg, world), cfg.run.artifact or world.run_dir / "model.ptz"
+    world, what = choose_speed(cfg, world), cfg.run.artifact or world.run_dir.parent / "model.ptz"
     blob = Path(what).read_bytes()
     log_header(facts, cfg, world)
     log_sizes(blob, facts, world)
@@ -3179,7 +3202,8 @@ def story(cfg: Config, doubts: list[str], world: World) -> int:
 def run(env: dict[str, str]) -> int:
     """Read the configuration, join the world, tell the story. Raises UserError."""
     if parse(env.get("EVAL_ONLY", "0"), bool):
-        env = artifact_env(Path(env.get("ARTIFACT") or Path(env.get("RUN_DIR", "")) / "model.ptz"), env)
+        home = Path(env.get("RUN_DIR") or f"runs/{env.get('RUN_ID', '')}")
+        env = artifact_env(Path(env.get("ARTIFACT") or home / "model.ptz"), env)
     cfg, doubts = read_config(env), near_misses(env)
     if cfg.run.strict and doubts:
         raise UserError("; ".join(doubts))
@@ -3195,17 +3219,25 @@ def run(env: dict[str, str]) -> int:
 
 
 def thawed(env: dict[str, str]) -> dict[str, str]:
-    """The environment with the frozen knobs of a built program. Raises UserError where they clash."""
+    """What a built program runs by: the knobs it was built for, the live ones under the environment's.
+
+    A frozen knob that the recipe does not name is frozen to its default. Raises UserError where the
+    environment wants another value; another spelling of the same value (2, 2.0) is no clash.
+    """
+    if SOURCE_STAGE == "source":
+        return env
+    env, recipe, knobs = resolve_aliases(env), read_config({**LIVE_DEFAULTS, **FROZEN}), all_knobs()
+    frozen = {k: v for k, v in knob_values(recipe).items() if knobs[k][0] not in LIVE_SECTIONS}
     clash = [
         f"{k} is frozen to {v!r}, the environment says {env[k]!r}"
-        for k, v in FROZEN.items()
-        if env.get(k, v) != v
+        for k, v in frozen.items()
+        if read_knob(knobs[k][1], {k: v, **env}) != read_knob(knobs[k][1], {k: v})
     ]
     if clash:
         raise UserError(
             f"this program was built for another environment: {'; '.join(clash)}; unset or rebuild"
         )
-    return {**env, **FROZEN}
+    return {**LIVE_DEFAULTS, **env, **frozen}
 
 
 def command(env: dict[str, str], words: list[str]) -> int:

@@ -383,11 +383,11 @@ def strike(at: int, after: bool = False, only: str = "") -> None:
 
 
 def refuse(code: str, at: int = 1, kind: str = "", lasting: bool = True, only: str = "") -> None:
-    """Sites of a kind (empty: of every kind) fail with OSError(code), from the `at`-th on or only there."""
+    """Sites of a kind (empty: all but unlink) fail with OSError(code), from the `at`-th on or only there."""
     seen = Counter()
 
     def meet(number, site, path, go):
-        if site == "unlink" or kind not in ("", site):
+        if kind not in ("", site) or (site == "unlink" and not kind):
             return go()
         seen[kind] += 1
         if seen[kind] == at or (lasting and seen[kind] > at):
@@ -405,11 +405,12 @@ def chew(size: int) -> None:
 
 
 def refuse_reading(code: str, only: str) -> None:
-    """Reading files whose name holds `only` fails."""
-    real = Path.read_bytes
+    """Reading a file whose name holds `only` fails, once."""
+    real, failed = Path.read_bytes, []
 
     def read_bytes(path):
-        if only in path.name:
+        if only in path.name and not failed:
+            failed.append(path)
             raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(path))
         return real(path)
 

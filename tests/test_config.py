@@ -333,12 +333,17 @@ def test_words_on_the_command_line_are_refused():
         train_gpt.command({}, ["--help", "me"])
 
 
-def test_frozen_knobs_hold_and_clash_by_name(monkeypatch):
+def test_built_program_keeps_its_knobs_and_hears_the_live_ones(monkeypatch):
+    assert train_gpt.thawed({"SEED": "1", "MODEL_DIM": "65"}) == {"SEED": "1", "MODEL_DIM": "65"}
+    monkeypatch.setattr(train_gpt, "SOURCE_STAGE", "frozen")
     monkeypatch.setattr(train_gpt, "FROZEN", {"MODEL_DIM": "64"})
-    assert train_gpt.thawed({"SEED": "1"}) == {"SEED": "1", "MODEL_DIM": "64"}
-    assert train_gpt.thawed({"MODEL_DIM": "64"}) == {"MODEL_DIM": "64"}
-    with pytest.raises(UserError, match="MODEL_DIM is frozen to '64', the environment says '65'"):
-        train_gpt.thawed({"MODEL_DIM": "65"})
+    monkeypatch.setattr(train_gpt, "LIVE_DEFAULTS", {"SEED": "5"})
+    env = train_gpt.thawed({"MLP_MULT": "2", "HOME": "/"})  # 2 is 2.0
+    assert (env["MODEL_DIM"], env["NUM_LAYERS"], env["SEED"], env["HOME"]) == ("64", "9", "5", "/")
+    assert train_gpt.thawed({"SEED": "1"})["SEED"] == "1"
+    for name, text, held in (("MODEL_DIM", "65", "64"), ("NUM_LAYERS", "3", "9")):
+        with pytest.raises(UserError, match=f"{name} is frozen to '{held}', the environment says '{text}'"):
+            train_gpt.thawed({name: text})
 
 
 # --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Export: the artifact holds what was trained through the codecs, explains itself, and can be scored alone."""
+"""Export: the artifact holds what was trained through the codecs, explains itself, can be scored alone."""
 
 import hashlib
 import itertools
@@ -151,7 +151,8 @@ def test_too_many_shape_knobs_are_refused_before_training(tmp_path, toy_data):
     """Ten minutes of training must not end in an artifact that cannot be written."""
     shape = {
         "MLP_MULT": 2.0000000000001, "TIED_EMBED_INIT_STD": 0.0051234567890123,
-        "LOGIT_SOFTCAP": 30.12345678901234, "ROPE_BASE": 10000.123456789012, "QK_GAIN_INIT": 1.5123456789012345, "NUM_LOOPS": 1, "LOOP_START": 0,
+        "LOGIT_SOFTCAP": 30.12345678901234, "ROPE_BASE": 10000.123456789012,
+        "QK_GAIN_INIT": 1.5123456789012345, "NUM_LOOPS": 1, "LOOP_START": 0,
         "LOOP_END": 1, "ENABLE_LOOPING_AT": 0.3512345678901234, "INT8_CLIP_PERCENTILE": 99.9998412345678,
         "ROW_SCALE_FLOOR": 0.00787401574803149, "EVAL_SEQ_LEN": 16, "DOC_PACKING": 1,
     }  # fmt: skip
@@ -182,8 +183,9 @@ def test_damaged_artifact_is_refused_in_words():
     ("knobs", "words"),
     [
         ({"NUM_LAYERS": 4}, r"blocks\.3\.attn\.c_k\.weight is None there and \['int8', \[16, 32\]\] here"),
-        ({"MODEL_DIM": 48}, r"c_k\.weight is \['int8', \[16, 32\]\] there and \['int8', \[24, 48\]\] here"),
-        ({"MATRIX_BITS": 6}, r"\['int8', .*and \['int6'"), ({"TIE_EMBEDDINGS": 0}, "head.weight is None there"),
+        ({"MODEL_DIM": 48}, r"weight is \['int8', \[16, 32\]\] there and \['int8', \[24, 48\]\] here"),
+        ({"MATRIX_BITS": 6}, r"\['int8', .*and \['int6'"),
+        ({"TIE_EMBEDDINGS": 0}, "head.weight is None there"),
     ],
 )  # fmt: skip
 def test_artifact_of_another_model_is_refused_by_the_tensor_that_differs(knobs, words):

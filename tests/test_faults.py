@@ -80,6 +80,21 @@ def test_a_folder_that_cannot_be_flushed_is_an_error_too(toy_data, tmp_path, hea
         assert ending(env) == healthy
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [plant("refuse_reading", code="EIO", only="step_000000002"), plant("refuse", code="EIO", kind="unlink")],
+)
+def test_a_save_that_cannot_be_read_back_or_cleared_up_after_ends_the_run_in_words(
+    toy_data, tmp_path, healthy, fault
+):
+    env = small(toy_data, tmp_path)
+    outcome = play(env, fault)
+    assert outcome.status == 2, outcome.err
+    assert "checkpoints" in only_line(outcome.err) and "Input/output error" in outcome.err
+    assert play(env | {"RESUME": "1"}).status == 0
+    assert ending(env) == healthy
+
+
 def test_short_writes_are_continued(toy_data, tmp_path, healthy):
     env = small(toy_data, tmp_path)
     outcome = play(env, plant("chew", size=4099), plant("write_down"))

@@ -208,7 +208,7 @@ def render(rows: list[dict]) -> str:
             "`python tests/bench/cpu_train.py`: 4 layers, width 256, 4/2 heads, 8,192 tokens a step; "
             "forward, backward and update.",
             "Ours (Muon, chunked loss) against a plain PyTorch GPT (AdamW, whole logits) and against the "
-            "bare matrix multiplies and attention. `v1024` and `v8192` have sequences of 512; `packed` has 2,048, "
+            "bare matrix multiplies and attention. `v1024` and `v8192` are sequences of 512; `packed` 2,048, "
             "documents of 800 tokens on average, and the plain model attends to whole rows.",
             "Medians of interleaved steps; `/plain` and `/limit` are ratios of speed: more is better. RSS is "
             "the peak of a process of its own.", "",

@@ -235,7 +235,7 @@ class ScheduleConfig:
 class ExportConfig:
     matrix_bits: int = knob("MATRIX_BITS", 8, "matrices in the artifact; 16 = float16", choices=(6, 8, 16))
     embed_bits: int = knob("EMBED_BITS", 8, "embedding and head likewise", choices=(6, 8, 16))
-    clip_percentile: float = knob("INT8_CLIP_PERCENTILE", 100.0, "clip of a row of |w|; 100 = its maximum",
+    clip_percentile: float = knob("INT8_CLIP_PERCENTILE", 100.0, "where a row is clipped; 100 = its maximum",
                                   within=(50.0, 100.0))
     scale_floor: float = knob("ROW_SCALE_FLOOR", 0.0, "least quantisation step; naive baseline 1/127",
                               within=(0.0, 1.0))
@@ -553,7 +553,7 @@ class Journal:
     def __init__(self, folder: Path | None) -> None:
         self.dir, self.bar, self.started = folder, None, time.perf_counter()
         self.ledger: dict[str, float] = {}
-        self.stalled_since, self.doing = time.monotonic(), "start"
+        self.doing, self.booked, self.stalled_since = "other", self.started, time.monotonic()
 
     def log(self, text: str, *, file_only: bool = False) -> None:
         if self.dir is None:
@@ -594,18 +594,25 @@ class Journal:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Generator[None]:
-        """Charge the seconds of a block to a name of the ledger."""
-        begin, outer = time.perf_counter(), self.doing
-        self.beat(name)
+        """Charge the seconds of a block to a name of the ledger; a block inside it has its own line."""
+        outer = self.doing
+        self.charge(name)
         try:
             yield
         finally:
-            self.ledger[name] = self.ledger.get(name, 0.0) + time.perf_counter() - begin
-            self.beat(outer)
+            self.charge(outer)
 
-    def beat(self, doing: str | None = None) -> None:
-        """Tell the watchdog that the run is alive, and at what."""
-        self.doing, self.stalled_since = doing or self.doing, time.monotonic()
+    def charge(self, doing: str) -> None:
+        """Book the seconds since the last booking to what was being done, and begin something else."""
+        now = time.perf_counter()
+        if now > self.booked:
+            self.ledger[self.doing] = self.ledger.get(self.doing, 0.0) + now - self.booked
+        self.doing, self.booked = doing, now
+        self.beat()
+
+    def beat(self) -> None:
+        """Tell the watchdog that the run is alive."""
+        self.stalled_since = time.monotonic()
 
     def progress(self, step: int, total: int, note: str) -> None:
         """A live bar on a terminal that has tqdm; nothing when piped."""
@@ -1417,6 +1424,8 @@ def attend_torch(
 
 def pick_attention(device: torch.device, dtype: torch.dtype, compiling: bool) -> tuple[str, Callable]:
     """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA."""
+    if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
+        return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, attend_segments_ref))
     if device.type == "cpu":
         blocked = compiling and dtype == torch.bfloat16  # in float32 torch's backward is as good
         kernels = (attend_blocked if blocked else sdpa, segment_operator())
@@ -1612,7 +1621,7 @@ class IntRow:
             clip = rows.abs().amax(1, keepdim=True)
         step = (clip / self.top).clamp_min(self.floor).half().float()
         step = torch.where(step > 0, step, torch.ones_like(step))  # float16 may underflow (frontier trap 32)
-        return (rows / step).round().clamp(-self.top, self.top), step
+        return (rows / step).round().clamp(-self.top, self.top) + 0.0, step  # no integer is minus zero
 
     def fake_quant(self, w: Tensor) -> Tensor:
         q, step = self.parts(w)
@@ -1984,8 +1993,9 @@ def activation_bytes(cfg: Config, world: World) -> int:
     )
     tokens = torch.zeros(max(rows, 1), cfg.data.seq_len, dtype=torch.int64, device="meta")
     ctx = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg))
+    nowhere = dataclasses.replace(world, device=torch.device("meta"))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        empty_model(cfg, world).hidden(ctx)
+        empty_model(cfg, nowhere).hidden(ctx)
     logits = 3 * 4 * chunk_rows(tokens.numel(), cfg.model.vocab) * cfg.model.vocab
     return sum(t.untyped_storage().nbytes() for t in kept.values()) + logits
 
@@ -2511,7 +2521,8 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     t.restore(found.tensors)
     t.state = TrainState(meta["step"], meta["skipped"], True, meta["finished"])
     t.clock = Clock(t.cfg, t.world, meta["seconds"])
-    t.world.journal.ledger.update(meta["ledger"])
+    for name, seconds in meta["ledger"].items():
+        t.world.journal.ledger[name] = t.world.journal.ledger.get(name, 0.0) + seconds
     t.world.journal.cut_trace(meta["step"])
     if len(meta["rng"]) == t.world.size:
         set_rng_state(meta["rng"][t.world.rank], t.world)
@@ -2531,7 +2542,7 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> bool:
     t.clock.start()
     while not t.state.finished:
         heard = t.clock.tick(t.state.step)
-        t.world.journal.beat("train")
+        t.world.journal.beat()
         t.state.finished = t.state.step >= t.cfg.budget.iterations or not t.clock.ends_in_time()
         if t.state.finished or heard.stop:
             break
@@ -2623,13 +2634,23 @@ class Artifact(NamedTuple):
 
 
 def shape_knobs(cfg: Config) -> dict[str, str]:
-    """The knobs that decide what the weights mean, where they differ from their defaults."""
+    """The knobs that decide what the weights mean, where they differ from their defaults.
+
+    Raises UserError when they do not fit the artifact's header.
+    """
     section = {env: name for env, (name, _) in all_knobs().items()}
-    return {
+    knobs = {
         env: text
         for env, text in changed_knobs(cfg).items()
         if section[env] in SHAPE_SECTIONS or env in SHAPE_KNOBS
     }
+    size = len(json.dumps(knobs))
+    if size > 400:
+        raise UserError(
+            f"the artifact has 400 bytes for the knobs of its shape, these take {size}: {' '.join(knobs)}; "
+            f"write shorter numbers or leave more of them at their defaults"
+        )
+    return knobs
 
 
 def by_kind(name: str) -> tuple[str, list[int]]:
@@ -2662,8 +2683,6 @@ def export(model: GPT, cfg: Config) -> bytes:
         "tensors": [[name, tags[name].codec.name, list(params[name].shape)] for name in names],
         "streams": [[kind, len(raw[kind]), len(packed_streams[kind])] for kind in raw],
     }
-    if len(json.dumps(header["knobs"])) > 400:
-        raise UserError("the shape knobs of this model take over 400 bytes in the artifact; use fewer")
     return pack_container(
         ARTIFACT_MAGIC,
         ARTIFACT_VERSION,
@@ -2878,7 +2897,7 @@ def score_artifact(blob: bytes, val: Validation, cfg: Config, world: World) -> d
         world.log(f"{tags[name][0]} {scores[name].line()}")
         world.log(
             f"final_{scheme(cfg)}_{tags[name][1]} val_loss:{scores[name].val_loss:.8f} "
-            f"val_bpb:{scores[name].val_bpb:.8f}"
+            f"val_bpb:{scores[name].val_bpb:.8f}" + " partial" * scores[name].partial
         )
         if name == cfg.run.score:
             write_nats(nats, cfg, world)
@@ -2938,7 +2957,7 @@ def log_header(facts: Facts, cfg: Config, world: World) -> None:
         file_only=True,
     )
     folder = Path(cfg.run.data)
-    shards = {split: list_shards(folder, split) for split in ("train", "val")}
+    shards = [] if cfg.run.eval_only else list_shards(folder, "train")
     device = (
         torch.cuda.get_device_name(world.device)
         if world.device.type == "cuda"
@@ -2947,7 +2966,7 @@ def log_header(facts: Facts, cfg: Config, world: World) -> None:
     for line in (
         f"run_dir:{world.run_dir} stage:{SOURCE_STAGE} source_sha256:{facts.sha256[:16]}",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.run.tokenizer}",
-        f"train_loader:dataset:{folder.name} train_shards:{len(shards['train'])}",
+        f"train_loader:dataset:{folder.name} train_shards:{len(shards)}",
         f"val_loader:shards pattern={folder}/fineweb_val_*.bin tokens:{token_count(cfg, 'val') - 1}",
         f"world_size:{world.size} grad_accum_steps:{cfg.data.micro_batches(world.size)} device:{device} "
         f"dtype:{str(world.dtype).removeprefix('torch.')} compile:{int(world.compiling)}",
@@ -3096,6 +3115,7 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> Trainer:
     """A trainer at step 0, or where the newest readable checkpoint left it."""
+    shape_knobs(cfg)  # raises now rather than after ten minutes of training
     folder = world.run_dir / "checkpoints"
     found = world.share(lambda: load_checkpoint(folder, world.log)) if cfg.run.resume else None
     loader = Loader(cfg, world, tokenizer.bos)
@@ -3132,6 +3152,8 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
         world.log(
             f"step:{step}/{cfg.budget.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
+            + " partial"
+            * score.partial
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
 

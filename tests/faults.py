@@ -116,12 +116,13 @@ class Stage:
 
 
 def small(toy, folder: Path, **knobs) -> dict[str, str]:
-    """Environment of a run of a quarter of a second: two micro-batches and one checkpoint a step."""
+    """Environment of a run of a fifth of a second: two micro-batches and one checkpoint a step."""
     from conftest import tiny_env
 
     own = {
         "RUN_DIR": folder / "run", "NLL_PATH": folder / "nll.npy", "WARMUP_STEPS": 0, "VAL_MAX_TOKENS": 500,
         "TRAIN_SPANS": 4, "GRAD_ACCUM_STEPS": 2, "CHECKPOINT_EVERY": 1e-6,
+        "MODEL_DIM": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return tiny_env(**(toy.env | own | knobs))
@@ -445,7 +446,7 @@ ACTIONS = {
     "term": lambda: signal.raise_signal(signal.SIGTERM),
     "int": lambda: signal.raise_signal(signal.SIGINT),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "stall": lambda: time.sleep(3600),
+    "stall": lambda: print("stalled", flush=True) or time.sleep(3600),
     "slow": lambda: time.sleep(2.0),
 }
 

@@ -76,15 +76,15 @@ def test_what_is_no_choice_is_refused_with_the_choices(env):
 
 
 SHAPES = {
-    "NUM_HEADS=3": ("NUM_HEADS=3", "MODEL_DIM=32"),
-    "NUM_KV_HEADS=3": ("NUM_KV_HEADS=3", "NUM_HEADS=4"),
-    "NUM_HEADS=32 NUM_KV_HEADS=1": ("MODEL_DIM/NUM_HEADS=1", "odd"),
+    "NUM_HEADS=3": ("NUM_HEADS=3", "MODEL_DIM=16"),
+    "NUM_KV_HEADS=3": ("NUM_KV_HEADS=3", "NUM_HEADS=2"),
+    "NUM_HEADS=16 NUM_KV_HEADS=1": ("MODEL_DIM/NUM_HEADS=1", "odd"),
     "MODEL_DIM=8 MLP_MULT=0.1": ("MLP_MULT=0.1", "MODEL_DIM=8"),
     "TRAIN_SPANS=3": ("TRAIN_SPANS=3", "TRAIN_BATCH_TOKENS=256"),
     "TRAIN_SEQ_LEN=48": ("TRAIN_SEQ_LEN=48", "64 tokens of a span"),
     "NUM_LOOPS=1 LOOP_START=2 LOOP_END=3": ("LOOP_END=3", "NUM_LAYERS=3"),
     "NUM_LOOPS=1 LOOP_START=2 LOOP_END=1": ("LOOP_START=2", "LOOP_END=1"),
-    "EVAL_STRIDE=33": ("EVAL_STRIDE=33", "context of 32"),
+    "EVAL_STRIDE=33 SLIDING_WINDOW_ENABLED=1": ("EVAL_STRIDE=33", "context of 32"),
     "SCORE=sliding": ("SCORE=sliding", "SLIDING_WINDOW_ENABLED=1"),
     "GRAD_ACCUM_STEPS=3": ("GRAD_ACCUM_STEPS=3", "4 spans", "TRAIN_SPANS"),
     "DEVICE=cuda": ("DEVICE=cuda", "DEVICE=cpu"),
@@ -383,7 +383,7 @@ def test_an_artifact_is_scored_as_its_own_run_has_scored_it(shipped, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "fragments"),
     [
-        ({"MODEL_DIM": 64}, ("MODEL_DIM (artifact '32', now '64')",)),
+        ({"MODEL_DIM": 64}, ("MODEL_DIM (artifact '16', now '64')",)),
         ({"MATRIX_BITS": 6}, ("MATRIX_BITS (artifact 'default', now '6')",)),
         ({"TIE_EMBEDDINGS": 0, "MLP_MULT": 3}, ("TIE_EMBEDDINGS", "MLP_MULT")),
         ({"ARTIFACT": "/none/model.ptz"}, ("ARTIFACT=/none/model.ptz does not exist", "model.ptz")),
@@ -419,11 +419,12 @@ def test_spoilt_artifacts_are_refused_by_name(shipped, tmp_path, spoil, fragment
     assert tree(tmp_path) == before
 
 
-def test_scoring_with_overwrite_does_not_clear_the_artifact_away(shipped, tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_scoring_with_overwrite_does_not_clear_the_run_away(shipped, tmp_path, named):
     folder = tmp_path / "run"
     shutil.copytree(shipped["RUN_DIR"], folder)
     own = {"EVAL_ONLY": "1", "OVERWRITE": "1", "RUN_DIR": str(folder), "NLL_PATH": str(tmp_path / "nll.npy")}
-    outcome = play(shipped | own)
+    outcome = play(shipped | own | {"ARTIFACT": str(folder / "model.ptz") if named else ""})
     assert outcome.status in (0, 2) and "Traceback" not in outcome.err
     for name in ("model.ptz", "trace.jsonl", "results.json"):
         assert (folder / name).read_bytes() == Path(shipped["RUN_DIR"], name).read_bytes()
@@ -521,7 +522,8 @@ def test_knobs_in_an_artifact_are_checked_as_any_others(shipped, opened, tmp_pat
     env, whole = scoring(shipped, tmp_path), opened.header
     headers = [junk for junk in JUNK if junk not in ({}, {"a": 1})]
     headers = [*headers, *(whole | {"knobs": junk} for junk in headers)]
-    headers += [whole | {"knobs": whole["knobs"] | {"MODEL_DIM": junk}} for junk in (None, 32, "x", "-1", "48")]
+    wrong = [None, 16, "x", "-1", "48"]
+    headers += [whole | {"knobs": whole["knobs"] | {"MODEL_DIM": width}} for width in wrong]
     for header in headers:
         Path(env["ARTIFACT"]).write_bytes(opened.forged(header, opened.payload))
         refused({k: v for k, v in env.items() if k != "MODEL_DIM"})

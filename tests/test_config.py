@@ -132,6 +132,7 @@ RULES = [
     ({"NUM_LOOPS": 1, "LOOP_START": 6}, {"LOOP_END": 6}, "LOOP_START=6, LOOP_END=5 want"),
     ({"EVAL_STRIDE": 1025, "SLIDING_WINDOW_ENABLED": 1}, {"EVAL_STRIDE": 1024}, "EVAL_STRIDE=1025 is longer"),
     ({"SCORE": "sliding"}, {"SLIDING_WINDOW_ENABLED": 1}, "SCORE=sliding wants SLIDING_WINDOW_ENABLED=1"),
+    ({"SAMPLE": 9}, {"EVAL_ONLY": 1}, "SAMPLE wants EVAL_ONLY=1"),
     ({"RESUME": 1}, {"RUN_ID": "x"}, "RESUME=1 wants RUN_ID or RUN_DIR"),
     ({"RESUME": 1}, {"RUN_DIR": "x"}, "RESUME=1 wants RUN_ID or RUN_DIR"),
 ]  # fmt: skip
@@ -244,6 +245,7 @@ def values(f: dataclasses.Field) -> st.SearchStrategy:
 BOUND = {  # by a rule that spans knobs
     "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END",
     "TRAIN_BATCH_TOKENS", "TRAIN_SPANS", "TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SCORE", "RESUME",
+    "SAMPLE",
 }  # fmt: skip
 FREE = sorted(set(KNOBS) - BOUND)
 

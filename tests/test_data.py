@@ -29,7 +29,7 @@ from train_gpt import (
     read_config,
     read_header,
     segment_bounds,
-)  # fmt: skip
+)
 
 BOS = 1
 

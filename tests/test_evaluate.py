@@ -15,7 +15,9 @@ from conftest import make_shards
 from test_model import config, lone, nats, scrambled
 from test_train import Run, run_here
 from train_gpt import (
-    GPT, Config, Ctx,
+    GPT,
+    Config,
+    Ctx,
     Score,
     Tokenizer,
     Validation,
@@ -23,9 +25,10 @@ from train_gpt import (
     final_phase,
     packed,
     rows_per_forward,
+    sample_text,
     window_edges,
     write_nats,
-)  # fmt: skip
+)
 
 BOS, TARGETS = 1, 333
 
@@ -104,8 +107,8 @@ def naive_nats(model, val: Validation, length: int, stride: int) -> np.ndarray:
 
 
 MODES = [
-    {}, {"DOC_PACKING": 1}, {"EVAL_SEQ_LEN": 50}, {"EVAL_SEQ_LEN": 1000}, {"EVAL_SEQ_LEN": 7, "EVAL_STRIDE": 7},
-    {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1, "TIE_EMBEDDINGS": 0},
+    {}, {"DOC_PACKING": 1}, {"EVAL_SEQ_LEN": 50}, {"EVAL_SEQ_LEN": 1000},
+    {"EVAL_SEQ_LEN": 7, "EVAL_STRIDE": 7}, {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1},
 ]  # fmt: skip
 
 
@@ -312,3 +315,41 @@ def test_validation_split_is_opened_after_the_artifact_is_written(tmp_path, toy_
     monkeypatch.setattr(train_gpt.Shards, "__init__", opening)
     run_here(tmp_path / "run", toy_data)
     assert seen == [("train", False), ("val", True)]
+
+
+# --------------------------------------------------------------------------------------
+# Sampled text
+# --------------------------------------------------------------------------------------
+
+
+def drawn(model, count: int, seed: int) -> list[int]:
+    """Tokens drawn one by one from the shares that the nats of every possible target spell out."""
+    generator, ids, vocab = torch.Generator().manual_seed(seed), [BOS], model.cfg.model.vocab
+    for _ in range(count):
+        row = torch.tensor(ids[-model.cfg.eval_len :]).expand(vocab, -1)
+        every = torch.cat([row[:, 1:], torch.arange(vocab)[:, None]], 1)
+        share = torch.exp(-nats(model, row, every)[:, -1])
+        ids.append(int(torch.multinomial(share, 1, generator=generator)))
+    return ids
+
+
+@pytest.mark.parametrize("knobs", [{}, {"TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 3, "NUM_LOOPS": 1}], ids=str)
+def test_sampled_tokens_are_drawn_from_the_models_own_shares(knobs):
+    """Past the context too, which moves on with the text."""
+    cfg = config(SAMPLE=12, EVAL_ONLY=1, EVAL_SEQ_LEN=8, SEED=3, **knobs)
+    model, told = scrambled(cfg), spelled()._replace(pieces=lambda ids: " ".join(map(str, ids)))
+    text = sample_text(model, told, cfg, lone())
+    assert text == " ".join(map(str, drawn(model, 12, 3)))
+    other = dataclasses.replace(cfg, budget=dataclasses.replace(cfg.budget, seed=4))
+    assert text != sample_text(model, told, other, lone())
+
+
+def test_sampling_prints_text_of_an_artifact_and_scores_nothing(tmp_path, toy_data):
+    made = run_here(tmp_path / "run", toy_data)
+    knobs = {"EVAL_ONLY": 1, "SAMPLE": 20, "ARTIFACT": made.folder / "model.ptz"}
+    one, two = (run_here(tmp_path / name, toy_data, **knobs) for name in "ab")
+    texts = [run.log[run.log.index(run.lines("Total submission size")[0]) + 1 :] for run in (one, two)]
+    assert texts[0] == texts[1] != []
+    assert one.results == {}
+    assert one.trace == []
+    assert scored_lines(one) == []

@@ -30,7 +30,7 @@ from train_gpt import (
     read_artifact_header,
     read_config,
     shape_knobs,
-)  # fmt: skip
+)
 
 LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1}
 MODELS = [

@@ -22,7 +22,7 @@ from train_gpt import (
     segments,
     softcapped_nll,
     softcapped_nll_ref,
-)  # fmt: skip
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -33,7 +33,7 @@ from train_gpt import (
     param_count,
     param_tags,
     read_config,
-)  # fmt: skip
+)
 
 PLAIN = Phase(1.0, 0.95, 0, False)
 

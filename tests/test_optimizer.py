@@ -24,7 +24,7 @@ from train_gpt import (
     orthogonalize,
     reduce_gradients,
     train_step,
-)  # fmt: skip
+)
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 COEFFICIENTS = 3.4445, -4.7750, 2.0315

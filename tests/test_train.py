@@ -23,7 +23,7 @@ from train_gpt import (
     read_artifact_header,
     read_config,
     warm_up,
-)  # fmt: skip
+)
 
 BRIEF = {"ITERATIONS": "3", "VAL_MAX_TOKENS": "300", "GRAD_ACCUM_STEPS": "1"}
 
@@ -243,6 +243,7 @@ EFFECTS = {
     "CHECKPOINT_EVERY": Effect(
         {"CHECKPOINT_EVERY": 1e-6}, seen=lambda run: len(run.lines("checkpoint:saved"))
     ),
+    "PRECOMPILE": Effect({"PRECOMPILE": 1}, seen=result("steps")),
     "NLL_PATH": Effect({"NLL_PATH": "{folder}/nats.npy"}, seen=files),
     "TRAIN_LOG_EVERY": Effect(
         {"TRAIN_LOG_EVERY": 6}, {"TRAIN_LOG_EVERY": 0, "ITERATIONS": 12}, count("step:")
@@ -313,6 +314,7 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
     "RESUME": "test_resume.py: it takes a run that was stopped",
     "EVAL_ONLY": "test_export.py: it takes an artifact, and trains nothing",
     "ARTIFACT": "test_export.py: it names what EVAL_ONLY scores",
+    "SAMPLE": "test_evaluate.py: it takes an artifact, and scores nothing",
     "COMPILE": "test_compile.py: it needs a C++ compiler, and its traces differ in the last bits",
     "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",
     "DIST_TIMEOUT": "test_timeout_reaches_the_watchdog: nothing hangs in an honest run",

@@ -410,6 +410,37 @@ def allowed(f: dataclasses.Field) -> str:
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether one letter added, dropped, changed, or swapped with its neighbour turns a into b."""
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    a, b = a[start:][::-1], b[start:][::-1]
+    end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    a, b = a[end:], b[end:]
+    return max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1])
+
+
+def thawed(env: dict[str, str]) -> dict[str, str]:
+    """What a built program runs by: the knobs it was built for, the live ones under the environment's.
+
+    A frozen knob that the recipe does not name is frozen to its default. Raises UserError where the
+    environment wants another value; another spelling of the same value (2, 2.0) is no clash.
+    """
+    if SOURCE_STAGE == "source":
+        return env
+    env, recipe, knobs = resolve_aliases(env), read_config({**LIVE_DEFAULTS, **FROZEN}), all_knobs()
+    frozen = {k: v for k, v in knob_values(recipe).items() if knobs[k][0] not in LIVE_SECTIONS}
+    clash = [
+        f"{k} is frozen to {v!r}, the environment says {env[k]!r}"
+        for k, v in frozen.items()
+        if read_knob(knobs[k][1], {k: v, **env}) != read_knob(knobs[k][1], {k: v})
+    ]
+    if clash:
+        raise UserError(
+            f"this program was built for another environment: {'; '.join(clash)}; unset or rebuild"
+        )
+    return {**LIVE_DEFAULTS, **env, **frozen}
+
+
 def near_misses(env: dict[str, str]) -> list[str]:
     """One sentence for each variable that looks like a mistyped or unknown knob (`MODEL_DIMS`)."""
     known = [*all_knobs(), *ALIASES, *WITHOUT_EFFECT]
@@ -420,7 +451,9 @@ def near_misses(env: dict[str, str]) -> list[str]:
         if name in env
     ]
     for name in sorted(set(env) - set(known)):
-        close = difflib.get_close_matches(name, known, 1, 0.88)
+        close = [k for k in known if one_edit_apart(name, k)] or difflib.get_close_matches(
+            name, known, 1, 0.88
+        )
         if close:
             lines.append(f"{name} is not a knob; did you mean {close[0]}?")
         elif name.split("_")[0] in families:
@@ -546,12 +579,14 @@ def warm_phases(cfg: Config) -> list[Phase]:
 class Journal:
     """What a run says: train.log, trace.jsonl, the terminal, and a ledger of seconds per phase.
 
-    Every line is flushed when it is written: a killed run keeps all but its last line.
+    Every line is flushed when it is written: a killed run keeps all but its last line. A journal made
+    `waiting` keeps its lines to itself until `begin`, so that a start that is refused leaves no trace.
     `dir` None (every rank but 0) writes nothing.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, waiting: bool = False) -> None:
         self.dir, self.bar, self.started = folder, None, time.perf_counter()
+        self.held: list[tuple[str, str]] | None = [] if waiting else None
         self.ledger: dict[str, float] = {}
         self.doing, self.booked, self.stalled_since = "other", self.started, time.monotonic()
 
@@ -571,7 +606,26 @@ class Journal:
         if self.dir is not None:
             self.append("trace.jsonl", json.dumps(values))
 
+    def begin(self, clear: bool) -> None:
+        """Take the folder: remove the run it holds, if asked to, and write what was held back."""
+        if self.dir is None:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if clear:
+                clear_run(self.dir)
+        except OSError as e:
+            raise UserError(
+                f"RUN_DIR={self.dir} cannot be written ({e.strerror}); choose another RUN_DIR"
+            ) from e
+        held, self.held = self.held or [], None
+        for name, line in held:
+            self.append(name, line)
+
     def append(self, name: str, line: str) -> None:
+        if self.held is not None:
+            self.held.append((name, line))
+            return
         try:
             with (self.dir / name).open("a", encoding="utf-8") as f:
                 f.write(line + "\n")
@@ -628,6 +682,17 @@ class Journal:
         if self.bar:
             self.bar.close()
         self.bar = None
+
+
+RUN_FILES = ("train.log", "trace.jsonl", "results.json", "model.ptz", "checkpoints")
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run has written there, and nothing else."""
+    for name in RUN_FILES[:-1]:
+        (folder / name).unlink(missing_ok=True)
+    if (folder / RUN_FILES[-1]).is_dir():
+        shutil.rmtree(folder / RUN_FILES[-1])
 
 
 def open_bar(total: int) -> object | None:
@@ -754,8 +819,9 @@ def open_world(cfg: Config, env: dict[str, str]) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.compute.dist_timeout))
     world = World(rank, size, device, torch.float32, False, Journal(None), Path())
-    run_dir = world.share(lambda: make_run_dir(cfg))
-    return dataclasses.replace(world, run_dir=run_dir, journal=Journal(run_dir if rank == 0 else None))
+    run_dir = world.share(lambda: choose_run_dir(cfg))
+    journal = Journal(run_dir if rank == 0 else None, waiting=True)
+    return dataclasses.replace(world, run_dir=run_dir, journal=journal)
 
 
 def pick_device(cfg: Config, local: int) -> torch.device:
@@ -779,38 +845,23 @@ def close_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def run_folder(cfg: Config) -> Path:
-    """Where this run writes. Scoring a run's own artifact goes beside the run's files, not over them."""
+def choose_run_dir(cfg: Config) -> Path:
+    """Where this run writes. Raises UserError rather than write over another run; makes nothing yet.
+
+    Scoring a run's own artifact goes into a folder beside the run's files.
+    """
     name = cfg.run.id or time.strftime("%Y%m%d_%H%M%S") + f"_{os.getpid()}"
     folder = Path(cfg.run.dir or f"runs/{name}")
-    own = cfg.run.eval_only and not cfg.run.artifact
-    return folder / time.strftime("eval_%Y%m%d_%H%M%S") if own else folder
-
-
-def make_run_dir(cfg: Config) -> Path:
-    """RUN_DIR, ready to be written. Raises UserError rather than write over another run."""
-    folder = run_folder(cfg)
-    used = (folder / "train.log").exists()
+    home = Path(cfg.run.artifact or folder / "model.ptz").resolve().parent
+    if cfg.run.eval_only and home == folder.resolve():
+        folder = folder / time.strftime("eval_%Y%m%d_%H%M%S")
+    used = any((folder / name).exists() for name in RUN_FILES)
     if used and not (cfg.run.resume or cfg.run.overwrite):
         raise UserError(
             f"RUN_DIR={folder} already holds a run; choose another RUN_ID, or set RESUME=1 to continue "
             f"it or OVERWRITE=1 to clear it"
         )
-    try:
-        if used and not cfg.run.resume:
-            clear_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "train.log").open("a"):
-            return folder
-    except OSError as e:
-        raise UserError(f"RUN_DIR={folder} cannot be written ({e.strerror}); choose another RUN_DIR") from e
-
-
-def clear_run(folder: Path) -> None:
-    """Remove what a run has written there, and nothing else."""
-    for name in ("train.log", "trace.jsonl", "results.json", "model.ptz"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return folder
 
 
 # ======================================================================================
@@ -909,6 +960,10 @@ class Clock:
         more = int(left / max(statistics.median(self.times), 1e-9))
         return min(step + max(more, 0), self.cfg.budget.iterations)
 
+    def remember(self, pace: list[float]) -> None:
+        """Take over the step times of the resumed run, so that its first step cannot cross the cap."""
+        self.times.extend(pace)
+
     def drain(self) -> None:
         """Finish the reading that is still on its way, so that ranks leave the loop even."""
         if self.pending is not None:
@@ -974,8 +1029,9 @@ class Batch(NamedTuple):
 def read_header(path: Path) -> int:
     """Tokens in a shard. Raises UserError for a wrong magic, version, or length."""
     with path.open("rb") as f:
-        head = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
-    if len(head) < HEADER_BYTES // 4 or head[0] != MAGIC:
+        raw = f.read(HEADER_BYTES)
+    head = np.frombuffer(raw[: len(raw) // 4 * 4], dtype="<i4")
+    if len(raw) < HEADER_BYTES or head[0] != MAGIC:
         raise UserError(
             f"{path} is not a token shard: magic {head[0] if len(head) else 'absent'}, want {MAGIC}; "
             f"prepare it with data/prepare.py or data/download.py"
@@ -1047,10 +1103,11 @@ class Shards:
         return np.concatenate(parts)
 
     def fingerprint(self) -> str:
-        """Names and sizes, to tell one data set from another without reading it."""
-        return hashlib.sha256(
-            repr([(p.name, end) for p, end in zip(self.paths, self.ends, strict=True)]).encode()
-        ).hexdigest()[:16]
+        """Names, sizes and beginnings, to tell one data set from another without reading it all."""
+        total = hashlib.sha256()
+        for i, path in enumerate(self.paths):
+            total.update(f"{path.name} {self.ends[i]} ".encode() + self.unchecked(i)[: 1 << 15].tobytes())
+        return total.hexdigest()[:16]
 
 
 def list_shards(folder: Path, split: str) -> list[Path]:
@@ -1756,8 +1813,8 @@ class Proj(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, tag: Tag, zero: bool = False) -> None:
         super().__init__()
-        bound = 0.0 if zero else n_in**-0.5
-        self.weight = nn.Parameter(torch.empty(n_out, n_in).uniform_(-bound, bound))
+        start = torch.zeros(n_out, n_in)
+        self.weight = nn.Parameter(start if zero else start.uniform_(-(n_in**-0.5), n_in**-0.5))
         self.tags = {"weight": tag}
 
     def effective(self, phase: Phase) -> Tensor:
@@ -2328,22 +2385,36 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a new generation, read it back, and only then drop all but it and the one before.
+    """Write a new generation, read it back, and only then drop all but it and the newest readable other.
 
     Raises UserError when it cannot be written, or when what was read back is not what was written.
     """
+    blob, path = pack_checkpoint(checkpoint), folder / f"step_{checkpoint.meta['step']:09d}.ckpt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.tmp"):  # of a save that was killed
+            stale.unlink()
+        write_atomic(path, blob)
+        if path.read_bytes() != blob:
+            raise UserError(
+                f"{path} does not read back as it was written; is the disk failing? use another RUN_DIR"
+            )
+        others = [old for old in checkpoint_files(folder) if old != path]
+        spare = next((old for old in others if readable(old)), None)
+        for old in others:
+            if old != spare:
+                old.unlink()
     except OSError as e:
-        raise UserError(f"cannot make {folder}: {e.strerror}; choose another RUN_DIR") from e
-    blob, path = pack_checkpoint(checkpoint), folder / f"step_{checkpoint.meta['step']:09d}.ckpt"
-    write_atomic(path, blob)
-    if path.read_bytes() != blob:
-        raise UserError(
-            f"{path} does not read back as it was written; the disk is failing, use another RUN_DIR"
-        )
-    for old in checkpoint_files(folder)[2:]:
-        old.unlink()
+        raise UserError(f"cannot keep checkpoints in {folder}: {e.strerror}; use another RUN_DIR") from e
+
+
+def readable(path: Path) -> bool:
+    """Whether a checkpoint is whole; what is not must never push out what is."""
+    try:
+        unpack_container(path.read_bytes(), CHECKPOINT_MAGIC, CHECKPOINT_VERSION, str(path))
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def load_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
@@ -2356,7 +2427,7 @@ def load_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | No
     for path in files:
         try:
             return unpack_checkpoint(path.read_bytes(), str(path))
-        except UserError as e:
+        except (UserError, OSError) as e:
             log(f"checkpoint_unreadable: {e}")
     if files:
         raise UserError(
@@ -2509,6 +2580,7 @@ def save(t: Trainer) -> None:
         "compiling": t.world.compiling,
         "rng": t.world.gather(rng_state(t.world)),
         "ledger": t.world.journal.ledger,
+        "pace": list(t.clock.times),
     }
     with t.world.journal.phase("checkpoint"):
         t.world.share(lambda: save_checkpoint(t.world.run_dir / "checkpoints", Checkpoint(meta, t.tensors())))
@@ -2521,6 +2593,7 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     t.restore(found.tensors)
     t.state = TrainState(meta["step"], meta["skipped"], True, meta["finished"])
     t.clock = Clock(t.cfg, t.world, meta["seconds"])
+    t.clock.remember(meta["pace"])
     for name, seconds in meta["ledger"].items():
         t.world.journal.ledger[name] = t.world.journal.ledger.get(name, 0.0) + seconds
     t.world.journal.cut_trace(meta["step"])
@@ -2534,8 +2607,8 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     t.world.log(f"resumed:1 step:{t.state.step} train_time:{meta['seconds'] * 1000:.0f}ms")
 
 
-def train(t: Trainer, validate: Callable[[int, float], None]) -> bool:
-    """Run to ITERATIONS or to the last step that ends before the cap. True when done, False when interrupted.
+def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
+    """Run to ITERATIONS, to the last step that ends before the cap, or until a rank is asked to stop.
 
     `validate(step, train_ms)` is called every VAL_LOSS_EVERY steps, with the clock paused.
     """
@@ -2563,7 +2636,6 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> bool:
             f"stopping_early: wallclock_cap train_time:{t.clock.spent * 1000:.0f}ms "
             f"step:{t.state.step}/{t.cfg.budget.iterations}"
         )
-    return t.state.finished
 
 
 def take_step(t: Trainer, now: Progress) -> None:
@@ -2616,7 +2688,7 @@ def report(t: Trainer, r: Report) -> None:
 
 # ======================================================================================
 # 17. Export -- every parameter ships as its tag says, in one file that explains itself
-# uses: Config World Storage Model
+# uses: Config Journal World Storage Model
 # ======================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
@@ -2630,7 +2702,6 @@ class Artifact(NamedTuple):
     knobs: dict[str, str]
     config_hash: str
     tensors: dict[str, Tensor]
-    codecs: dict[str, str]
 
 
 def shape_knobs(cfg: Config) -> dict[str, str]:
@@ -2668,9 +2739,8 @@ def squeeze(data: bytes) -> bytes:
 def export(model: GPT, cfg: Config) -> bytes:
     """The artifact: deterministic bytes. Streams of one kind stand together and are compressed as one."""
     tags, params = param_tags(model), dict(model.named_parameters())
-    names = sorted(params, key=by_kind)
-    pools: dict[str, list[bytes]] = {}
-    for name in names:
+    rows, pools = tensor_rows(params, tags), {}
+    for name, _, _ in rows:
         codec = tags[name].codec
         for stream, values in codec.encode(params[name]).items():
             pools.setdefault(f"{codec.name}.{stream}", []).append(values.tobytes())
@@ -2680,7 +2750,7 @@ def export(model: GPT, cfg: Config) -> bytes:
     header = {
         "knobs": shape_knobs(cfg),
         "config_hash": config_hash(cfg),
-        "tensors": [[name, tags[name].codec.name, list(params[name].shape)] for name in names],
+        "tensors": rows,
         "streams": [[kind, len(raw[kind]), len(packed_streams[kind])] for kind in raw],
     }
     return pack_container(
@@ -2691,40 +2761,97 @@ def export(model: GPT, cfg: Config) -> bytes:
     )
 
 
+def ship(model: GPT, cfg: Config, world: World) -> bytes:
+    """Write model.ptz and return what is on the disk."""
+    write_atomic(world.run_dir / "model.ptz", export(model, cfg))
+    blob = (world.run_dir / "model.ptz").read_bytes()
+    world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
+    return blob
+
+
 def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
     """(header, payload). Raises UserError when the file is not an intact artifact of this version."""
     import brotli
 
     header, payload = unpack_container(blob, ARTIFACT_MAGIC, ARTIFACT_VERSION, what)
-    return json.loads(brotli.decompress(header)), payload
+    try:
+        header = json.loads(brotli.decompress(header))
+    except (ValueError, brotli.error) as e:
+        raise UserError(f"{what} has a header that cannot be read ({e}); export it again") from e
+    if not well_formed(header):
+        raise UserError(f"{what} has a header that this program would not write; export it again")
+    return header, payload
+
+
+def well_formed(header: object) -> bool:
+    """Whether a header has the right kinds of things in the right places; any hand may have made it."""
+    if not isinstance(header, dict) or set(header) != {"knobs", "config_hash", "tensors", "streams"}:
+        return False
+    knobs, rows = header["knobs"], header["streams"]
+    shapes = {env for env, (section, _) in all_knobs().items() if section in SHAPE_SECTIONS} | {*SHAPE_KNOBS}
+    return (
+        isinstance(knobs, dict)
+        and all(env in shapes and isinstance(text, str) for env, text in knobs.items())
+        and isinstance(header["config_hash"], str)
+        and isinstance(rows, list)
+        and all(isinstance(row, list) and [type(x) for x in row] == [str, int, int] for row in rows)
+    )
 
 
 def open_artifact(blob: bytes, cfg: Config, world: World, what: str) -> Artifact:
     """Decode every tensor with the codecs of `cfg`. Raises UserError where file and model do not agree."""
-    import brotli
-
     header, payload = read_artifact_header(blob, what)
     shape = empty_model(cfg, world)
-    codecs = {name: tag.codec for name, tag in param_tags(shape).items()}
-    expected = {name: [codecs[name].name, list(p.shape)] for name, p in shape.named_parameters()}
-    held = {name: [codec, dims] for name, codec, dims in header["tensors"]}
-    wrong = [name for name in sorted({*expected, *held}) if expected.get(name) != held.get(name)]
-    if wrong:
-        raise UserError(
-            f"{what} belongs to another model: {wrong[0]} is {held.get(wrong[0])} there and "
-            f"{expected.get(wrong[0])} here ({len(wrong)} tensors differ)"
+    params, tags = dict(shape.named_parameters()), param_tags(shape)
+    rows = tensor_rows(params, tags)
+    if header["tensors"] != rows:
+        there, here = by_name(header["tensors"]), by_name(rows)
+        name = next(
+            (n for n in sorted({*there, *here}) if there.get(n) != here.get(n)), "the order of tensors"
         )
+        raise UserError(
+            f"{what} belongs to another model: {name} is {there.get(name)} there and {here.get(name)} here"
+        )
+    streams, tensors = unsqueeze(header["streams"], payload, what), {}
+    for name, _, dims in rows:
+        codec, parts = tags[name].codec, {}
+        for stream, (dtype, count) in codec.sizes(tuple(dims)).items():
+            kind, size = f"{codec.name}.{stream}", count * np.dtype(dtype).itemsize
+            left = streams.get(kind, memoryview(b""))
+            if len(left) < size:
+                raise UserError(f"{what} is short of {kind} for {name}; export it again")
+            parts[stream], streams[kind] = np.frombuffer(left[:size], dtype), left[size:]
+        tensors[name] = codec.decode(parts, tuple(dims))
+    return Artifact(header["knobs"], header["config_hash"], tensors)
+
+
+def by_name(rows: object) -> dict[str, list]:
+    """Tensor rows by their names, whoever wrote them."""
+    rows = rows if isinstance(rows, list) else []
+    return {str(row[0]): row[1:] for row in rows if isinstance(row, list) and row}
+
+
+def tensor_rows(params: dict[str, nn.Parameter], tags: dict[str, Tag]) -> list[list]:
+    """[name, codec, shape] of every tensor in the order in which an artifact holds them."""
+    return [[n, tags[n].codec.name, list(params[n].shape)] for n in sorted(params, key=by_kind)]
+
+
+def unsqueeze(rows: list[list], payload: memoryview, what: str) -> dict[str, memoryview]:
+    """Streams by kind, decompressed. Raises UserError where sizes are not as the header says."""
+    import brotli
+
     streams, at = {}, 0
-    for kind, _, size in header["streams"]:
-        streams[kind], at = memoryview(brotli.decompress(bytes(payload[at : at + size]))), at + size
-    tensors = {}
-    for name, _, dims in header["tensors"]:
-        parts = {}
-        for stream, (dtype, count) in codecs[name].sizes(tuple(dims)).items():
-            kind, size = f"{codecs[name].name}.{stream}", count * np.dtype(dtype).itemsize
-            parts[stream], streams[kind] = np.frombuffer(streams[kind][:size], dtype), streams[kind][size:]
-        tensors[name] = codecs[name].decode(parts, tuple(dims))
-    return Artifact(header["knobs"], header["config_hash"], tensors, {n: c.name for n, c in codecs.items()})
+    for kind, raw, size in rows:
+        try:
+            streams[kind] = memoryview(brotli.decompress(bytes(payload[at : at + max(size, 0)])))
+        except brotli.error as e:
+            raise UserError(f"{what} has a stream {kind} that cannot be decompressed; export it again") from e
+        if len(streams[kind]) != raw:
+            raise UserError(
+                f"{what} has a stream {kind} of another size than its header says; export it again"
+            )
+        at += max(size, 0)
+    return streams
 
 
 def load(blob: bytes, cfg: Config, world: World, what: str) -> GPT:
@@ -3119,8 +3246,11 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     folder = world.run_dir / "checkpoints"
     found = world.share(lambda: load_checkpoint(folder, world.log)) if cfg.run.resume else None
     loader = Loader(cfg, world, tokenizer.bos)
+    list_shards(Path(cfg.run.data), "val")
     if found:
         refuse_other_run(found.meta, cfg, loader.shards.fingerprint())
+    world.share(lambda: world.journal.begin(cfg.run.overwrite and not cfg.run.resume))
+    if found:
         world = dataclasses.replace(
             world, dtype=CHECKPOINT_DTYPES[found.meta["dtype"]], compiling=found.meta["compiling"]
         )
@@ -3128,6 +3258,7 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
         world = choose_speed(cfg, world)
         if cfg.run.resume:
             world.log(f"resume: no checkpoint in {folder} yet; starting at step 0")
+            world.journal.cut_trace(0)
     model = make_fast(make_model(cfg, world), world)
     t = Trainer(model, loader, cfg, world, facts.sha256)
     log_header(facts, cfg, world)
@@ -3158,11 +3289,12 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
 
     with stop_on_signal(t.clock), world.journal.phase("train"):
-        done = train(t, validate)
+        train(t, validate)
         save(t)
+        asked = any(world.gather(t.clock.interrupted))  # also in the last step, also on another rank
     world.journal.close_bar()
     t.loader.close()
-    if not done:
+    if asked or not t.state.finished:
         world.log(f"interrupted: saved at step {t.state.step}; RESUME=1 RUN_DIR={world.run_dir} continues")
         return None
     t.average.ship()
@@ -3172,17 +3304,11 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     return blob
 
 
-def ship(model: GPT, cfg: Config, world: World) -> bytes:
-    """Write model.ptz and return what is on the disk."""
-    write_atomic(world.run_dir / "model.ptz", export(model, cfg))
-    blob = (world.run_dir / "model.ptz").read_bytes()
-    world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
-    return blob
-
-
 def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> None:
     """EVAL_ONLY=1: score an artifact that some run has written, or print text drawn from it."""
     world, what = choose_speed(cfg, world), cfg.run.artifact or world.run_dir.parent / "model.ptz"
+    list_shards(Path(cfg.run.data), "val")  # raises before anything is written
+    world.share(lambda: world.journal.begin(cfg.run.overwrite))
     blob = Path(what).read_bytes()
     log_header(facts, cfg, world)
     log_sizes(blob, facts, world)
@@ -3238,28 +3364,6 @@ def run(env: dict[str, str]) -> int:
         raise
     finally:
         close_world(world)
-
-
-def thawed(env: dict[str, str]) -> dict[str, str]:
-    """What a built program runs by: the knobs it was built for, the live ones under the environment's.
-
-    A frozen knob that the recipe does not name is frozen to its default. Raises UserError where the
-    environment wants another value; another spelling of the same value (2, 2.0) is no clash.
-    """
-    if SOURCE_STAGE == "source":
-        return env
-    env, recipe, knobs = resolve_aliases(env), read_config({**LIVE_DEFAULTS, **FROZEN}), all_knobs()
-    frozen = {k: v for k, v in knob_values(recipe).items() if knobs[k][0] not in LIVE_SECTIONS}
-    clash = [
-        f"{k} is frozen to {v!r}, the environment says {env[k]!r}"
-        for k, v in frozen.items()
-        if read_knob(knobs[k][1], {k: v, **env}) != read_knob(knobs[k][1], {k: v})
-    ]
-    if clash:
-        raise UserError(
-            f"this program was built for another environment: {'; '.join(clash)}; unset or rebuild"
-        )
-    return {**LIVE_DEFAULTS, **env, **frozen}
 
 
 def command(env: dict[str, str], words: list[str]) -> int:

@@ -272,9 +272,7 @@ def child(request: dict, env: dict[str, str], place: Path) -> None:
         for number, key in ((1, "out"), (2, "err")):
             handle = os.open(place.with_suffix(f".{key}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(handle, number)
-        kept = {k: os.environ[k] for k in ("PATH", "HOME", "TMPDIR") if k in os.environ}
-        os.environ.clear()
-        os.environ.update(kept | env)
+        os.environ.update(env)  # on top of what clean_env() leaves
         sys.argv[1:] = request["args"]
         os.chdir(request["cwd"])
         try:
@@ -359,28 +357,25 @@ def sites(meet, only: str = "") -> None:
     os.open, os.write, os.fsync, os.replace, os.unlink = open_, write, fsync, replace, unlink
 
 
-def write_down(only: str = "") -> None:
+def write_down() -> None:
     """Note [kind, file name] of each site, to know how many there are."""
 
     def meet(number, kind, path, go):
         NOTES.setdefault("sites", []).append([kind, Path(path).name])
         return go()
 
-    sites(meet, only)
+    sites(meet)
 
 
-def strike(at: int, after: bool = False, only: str = "") -> None:
-    """SIGKILL this process before (or right after) its site number `at`."""
+def strike(at: int) -> None:
+    """SIGKILL this process before its site number `at`."""
 
     def meet(number, kind, path, go):
-        if number == at and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = go()
         if number == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        return go()
 
-    sites(meet, only)
+    sites(meet)
 
 
 def refuse(code: str, at: int = 1, kind: str = "", lasting: bool = True, only: str = "") -> None:
@@ -524,17 +519,16 @@ def fake_clock(seconds: list[float]) -> None:
 
 
 def note_times() -> None:
-    """NOTES["times"]: seconds of the last steps, as the clock has measured them."""
+    """NOTES["times"]: what the clock of training shows at the end of each step."""
     import train_gpt
 
-    train = train_gpt.train
+    take_step = train_gpt.take_step
 
-    def training(t, validate):
-        done = train(t, validate)
-        NOTES["times"] = list(t.clock.times)
-        return done
+    def taking(t, now):
+        take_step(t, now)
+        NOTES.setdefault("times", []).append(t.clock.elapsed())
 
-    train_gpt.train = training
+    train_gpt.take_step = taking
 
 
 # --------------------------------------------------------------------------------------

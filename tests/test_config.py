@@ -363,9 +363,10 @@ def test_published_command_line_gives_a_config_without_doubts():
 
 def test_baseline_env_file_is_the_published_command_line():
     """Up to where a run reads and writes, and to the codec, which is no variable of the published script."""
-    cfg = read_config(read_env(ROOT / "records/baseline/env"))
-    want = read_config(BASELINE)
+    cfg, want = read_config(read_env(ROOT / "records/baseline/env")), read_config(BASELINE)
     assert dataclasses.replace(cfg, run=want.run, export=want.export) == want
+    codec = {"INT8_CLIP_PERCENTILE": 99.99984, "ROW_SCALE_FLOOR": 1 / 127}
+    assert {env: float(text) for env, text in changed_knobs(cfg).items()} == codec
 
 
 def test_published_command_line_runs_at_reduced_size(toy_data, tmp_path):

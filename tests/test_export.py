@@ -71,7 +71,6 @@ def test_every_parameter_ships_by_its_tag():
     cfg = config(MATRIX_BITS=6, TIE_EMBEDDINGS=0)
     model = scrambled(cfg)
     held = open_artifact(export(model, cfg), cfg, lone(), "the artifact")
-    assert held.codecs == {name: tag.codec.name for name, tag in param_tags(model).items()}
     for name, tag in param_tags(model).items():
         assert torch.equal(held.tensors[name], tag.codec.fake_quant(model.get_parameter(name).detach()))
         assert held.tensors[name].shape == model.get_parameter(name).shape

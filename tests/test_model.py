@@ -23,6 +23,7 @@ from train_gpt import (
     UserError,
     World,
     activation_bytes,
+    choose_speed,
     chunk_rows,
     empty_model,
     final_phase,
@@ -503,3 +504,66 @@ def test_packing_on_a_gpu_without_a_kernel_for_it_is_refused_before_compiling():
     model = empty_model(cfg, world)
     with pytest.raises(UserError, match="DOC_PACKING=1 finds no kernel"):
         train_gpt.make_fast(model, world)
+
+
+# --------------------------------------------------------------------------------------
+# Arithmetic
+# --------------------------------------------------------------------------------------
+
+GPU = World(0, 1, torch.device("cuda"), torch.float32, False, Journal(None), ".")
+
+
+@pytest.mark.parametrize(
+    ("capability", "knobs", "dtype", "compiling"),
+    [
+        ((9, 0), {"DTYPE": "auto", "COMPILE": "auto"}, torch.bfloat16, True),
+        ((8, 0), {"DTYPE": "bfloat16", "COMPILE": "0"}, torch.bfloat16, False),
+        ((9, 0), {"DTYPE": "float32", "COMPILE": "1"}, torch.float32, True),
+        ((7, 5), {"DTYPE": "auto", "COMPILE": "1"}, torch.float32, True),
+        ((7, 5), {"DTYPE": "bfloat16", "COMPILE": "1"}, torch.float32, True),
+    ],
+)
+def test_gpu_computes_in_bfloat16_where_it_can(monkeypatch, capability, knobs, dtype, compiling):
+    """And says so where it was asked for and cannot."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = []
+    monkeypatch.setattr(World, "log", lambda world, text: said.append(text))
+    world = choose_speed(config(**knobs), GPU)
+    assert (world.dtype, world.compiling) == (dtype, compiling)
+    assert [line.split()[0] for line in said] == ["dtype:float32"] * (capability < (8, 0))
+
+
+def test_cpu_takes_the_fastest_of_what_it_measured(monkeypatch):
+    seconds = {
+        ("float32", False): 4.0,
+        ("float32", True): 3.0,
+        ("bfloat16", False): 2.0,
+        ("bfloat16", True): 1.0,
+    }
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    said, asked = [], []
+
+    def probe(cfg, world, dtype, compiling):
+        asked.append((names[dtype], compiling))
+        return seconds[names[dtype], compiling]
+
+    monkeypatch.setattr(train_gpt, "probe", probe)
+    monkeypatch.setattr(World, "log", lambda world, text: said.append(text))
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: "/usr/bin/g++")
+    for best in sorted(seconds):
+        seconds[best] = 0.5
+        world = choose_speed(config(DTYPE="auto", COMPILE="auto"), lone())
+        assert (names[world.dtype], world.compiling) == best
+        seconds[best] = 9.0
+    assert sorted(set(asked)) == sorted(seconds)
+    assert said[0].startswith(
+        "cpu_probe:float32_eager:4000.0ms float32_compiled:3000.0ms bfloat16_eager:500.0ms"
+    )
+    assert said[0].endswith(" chosen:bfloat16_compile0")
+    asked.clear()
+    world = choose_speed(config(DTYPE="bfloat16", COMPILE="0"), lone())
+    assert (world.dtype, world.compiling, asked) == (torch.bfloat16, False, [])
+
+
+def test_probe_times_a_block_of_the_run():
+    assert 0 < train_gpt.probe(config(), lone(), torch.bfloat16, False) < 5

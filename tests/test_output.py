@@ -176,6 +176,7 @@ def test_forecast_stands_before_the_first_step_and_the_projection_after_the_tent
     )
     places = [next(i for i, line in enumerate(program.log) if line.startswith(word)) for word in words]
     assert places == sorted(places)
+    assert places[4] == places[3] + 1
     assert " of 16000000 peak_tensor_memory:" in program.log[places[0]]
     assert [line.split()[0] for line in program.lines("projected")] == ["projected_steps:12"]
 

@@ -1,5 +1,6 @@
 """A run that was stopped or killed, anywhere, ends as the run that was left alone: to the last bit."""
 
+import itertools
 import json
 import random
 import shutil
@@ -143,7 +144,8 @@ def test_killed_at_five_random_moments_it_ends_the_same(toy_data, tmp_path, seed
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(4, 204))
 def test_killed_at_random_moments_a_thousand_times_it_ends_the_same(toy_data, tmp_path, seed):
-    kill_five_times(toy_data, tmp_path, seed, (1, 1, 2, 4)[seed % 4], **CONFIGS[list(CONFIGS)[seed % 8]])
+    knobs, ranks = CONFIGS[list(CONFIGS)[seed % 8]], (1, 2, 1, 4)[seed // 8 % 4]
+    kill_five_times(toy_data, tmp_path, seed, ranks, **knobs, **{"GRAD_ACCUM_STEPS": 1} if ranks == 4 else {})
 
 
 SWEEP = {"ITERATIONS": 2, "EMA_DECAY": 0.9}  # three saves, the last of which drops the first generation
@@ -179,6 +181,16 @@ def test_killed_at_every_write_flush_and_rename_it_ends_the_same(toy_data, tmp_p
         check_write_point(toy_data, tmp_path, number, point)
 
 
+def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(toy_data, tmp_path):
+    points = write_points(toy_data, tmp_path, 1)
+    runs = [(kind, name) for (kind, name), _ in itertools.groupby(points) if kind != "unlink"]
+    kinds, names = zip(*runs, strict=True)
+    assert kinds == ("open", "write", "fsync", "replace", "fsync") * (len(runs) // 5)
+    for at in range(0, len(runs), 5):
+        assert len(set(names[at : at + 4])) == 1 and names[at].endswith(".tmp")
+        assert names[at + 4] == ("checkpoints" if "step_" in names[at] else "run")
+
+
 def test_two_ranks_killed_at_write_points_end_the_same(toy_data, tmp_path):
     points = [*enumerate(write_points(toy_data, tmp_path, 2), 1)]
     for number, point in random.Random(0).sample(points, 6):
@@ -195,8 +207,9 @@ def test_a_run_killed_while_it_resumes_loses_nothing(toy_data, tmp_path):
     want = undisturbed(toy_data, tmp_path, **SWEEP)
     for number in (2, 4, 5, 7):  # the trace is cut by 1 to 5, then the first checkpoint begins
         env = small(toy_data, tmp_path / f"again{number}", **SWEEP)
-        play(env, plant("at_step", step=2, actions=["kill"]))
-        assert play(env | {"RESUME": 1}, plant("strike", at=number)).status == -9
+        for how in (plant("at_step", step=1, actions=["kill"]), plant("strike", at=number)):
+            assert play(env, how).status == -9
+            env["RESUME"] = "1"
         assert go_on(env) == want
 
 
@@ -206,6 +219,15 @@ def test_killed_outside_training_it_ends_the_same(toy_data, tmp_path, name):
     env = small(toy_data, tmp_path / name, **knobs)
     assert play(env, plant("at_call", name=name, actions=["kill"])).status == -9
     assert go_on(env) == undisturbed(toy_data, tmp_path, **knobs)
+
+
+def test_killed_long_after_its_last_checkpoint_it_ends_the_same(toy_data, tmp_path):
+    want = undisturbed(toy_data, tmp_path, VAL_LOSS_EVERY=2, EMA_DECAY=0.9)
+    env = small(toy_data, tmp_path / "late", VAL_LOSS_EVERY=2, EMA_DECAY=0.9, CHECKPOINT_EVERY=0)
+    assert play(env, plant("at_step", step=0, actions=["term"])).status == 143
+    for step in (2, 5, 4):  # each time from step 1 on again
+        assert play(env | {"RESUME": 1}, plant("at_step", step=step, actions=["kill"])).status == -9
+    assert go_on(env) == want
 
 
 def test_killed_before_its_first_checkpoint_a_run_leaves_no_line_of_trace_behind(toy_data, tmp_path):

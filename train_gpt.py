@@ -2942,12 +2942,14 @@ def warm_evaluation(model: GPT, bos: int, cfg: Config, world: World) -> None:
     rows = min(rows_per_forward(width, cfg, world), share)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab, (rows, width + 1), dtype=np.int64)
     model.eval()
-    window_nll(model, list(tokens), bos, cfg, world)
+    window_nll(model, list(tokens), bos, cfg, world, final_phase(cfg))
     model.train()
 
 
 @torch.no_grad()
-def score_windows(model: GPT, val: Validation, cfg: Config, world: World, edges: tuple) -> np.ndarray:
+def score_windows(
+    model: GPT, val: Validation, cfg: Config, world: World, edges: tuple, phase: Phase
+) -> np.ndarray:
     """Nats (float32) of this rank's targets, in stream order. `edges` are its own windows, contiguous."""
     firsts, stops = edges
     if len(firsts) == 0:
@@ -2957,9 +2959,8 @@ def score_windows(model: GPT, val: Validation, cfg: Config, world: World, edges:
     nats, times = np.zeros(stops[-1] - firsts[0], np.float32), np.zeros(stops[-1] - firsts[0], np.uint8)
     for at in range(0, len(firsts), rows):
         some = np.minimum(np.arange(at, at + rows), len(firsts) - 1)  # the last batch repeats its last window
-        nll = window_nll(
-            model, [val.tokens[stops[i] - width : stops[i] + 1] for i in some], val.tokenizer.bos, cfg, world
-        )
+        windows = [val.tokens[stops[i] - width : stops[i] + 1] for i in some]
+        nll = window_nll(model, windows, val.tokenizer.bos, cfg, world, phase)
         for row, i in enumerate(some[: len(firsts) - at]):
             span = slice(firsts[i] - firsts[0], stops[i] - firsts[0])
             nats[span] = nll[row, width - (stops[i] - firsts[i]) :]
@@ -2969,23 +2970,31 @@ def score_windows(model: GPT, val: Validation, cfg: Config, world: World, edges:
     return nats
 
 
-def window_nll(model: GPT, windows: list[np.ndarray], bos: int, cfg: Config, world: World) -> np.ndarray:
+def window_nll(
+    model: GPT, windows: list[np.ndarray], bos: int, cfg: Config, world: World, phase: Phase
+) -> np.ndarray:
     """Windows of L+1 tokens -> (rows, L) nats, by the model's one forward."""
     width = len(windows[0]) - 1
     batch = packed(windows, bos, cfg.eval_len) if cfg.data.packing else as_rows(windows, width)
     batch = to_device(batch, world)
-    nll, _ = model(Ctx(batch.tokens, batch.docs, cfg.eval_len, final_phase(cfg)), batch.targets)
+    nll, _ = model(Ctx(batch.tokens, batch.docs, cfg.eval_len, phase), batch.targets)
     return nll.float().cpu().numpy().reshape(len(windows), width)
 
 
-def evaluate(model: GPT, val: Validation, stride: int, cfg: Config, world: World) -> tuple[Score, np.ndarray]:
-    """Score the whole split: (score, this rank's nats). Ranks take contiguous runs of windows."""
+def evaluate(
+    model: GPT, val: Validation, stride: int, cfg: Config, world: World, phase: Phase | None = None
+) -> tuple[Score, np.ndarray]:
+    """Score the whole split: (score, this rank's nats). Ranks take contiguous runs of windows.
+
+    Without a phase the model is scored as a loaded artifact is, all loops on.
+    """
     begin = time.perf_counter()
     was_training = model.training
     model.eval()
     firsts, stops = window_edges(val.targets, cfg.eval_len, stride)
     mine = np.array_split(np.arange(len(firsts)), world.size)[world.rank]
-    nats = score_windows(model, val, cfg, world, (firsts[mine], stops[mine]))
+    edges = (firsts[mine], stops[mine])
+    nats = score_windows(model, val, cfg, world, edges, phase or final_phase(cfg))
     covered = (int(firsts[mine[0]]), int(stops[mine[-1]])) if len(mine) else (0, 0)
     sums = torch.tensor(
         [nats.sum(dtype=np.float64), len(nats), val.target_bytes(*covered)], dtype=torch.float64
@@ -3236,7 +3245,7 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 # ======================================================================================
 # 20. Main -- the story on one page
-# uses: Config Journal World Clock Data Model Checkpoint Train Export Evaluate Report
+# uses: Config Schedule Journal World Clock Data Model Checkpoint Train Export Evaluate Report
 # ======================================================================================
 
 
@@ -3278,8 +3287,9 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     cfg, world = t.cfg, t.world
 
     def validate(step: int, train_ms: float) -> None:
+        now = phase_at(Progress(step, train_ms / 1000), cfg)._replace(qat=False)  # loops as trained so far
         with world.journal.phase("validate"):
-            score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world)
+            score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world, now)
         world.log(
             f"step:{step}/{cfg.budget.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"

@@ -9,6 +9,7 @@ A plant is a function of the second half of this file. It is called in the child
 """
 
 import atexit
+import contextlib
 import errno
 import functools
 import hashlib
@@ -110,7 +111,8 @@ class Stage:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait(60)
 
@@ -230,9 +232,9 @@ def answer(request: dict) -> dict:
     statuses, late = wait_for(children, request["kill_after"], request["timeout"])
     reply = {"statuses": statuses, "outs": [], "errs": [], "notes": [], "late": late}
     for rank in range(ranks):
-        for key in ("out", "err"):
-            reply[f"{key}s"].append((folder / f"{rank}.{key}").read_text(errors="replace"))
-        note = folder / f"{rank}.note"
+        out, err, note = (folder / f"{rank}.{key}" for key in ("out", "err", "note"))
+        reply["outs"].append(out.read_text(errors="replace") if out.exists() else "")
+        reply["errs"].append(err.read_text(errors="replace") if err.exists() else "")
         reply["notes"].append(json.loads(note.read_text()) if note.exists() else {})
     shutil.rmtree(folder)
     return reply | {"seconds": time.monotonic() - begin}

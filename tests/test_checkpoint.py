@@ -94,6 +94,19 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+JUNK = ["", "no JSON", "null", "[]", "{}", '{"meta": {}}', '{"tensors": []}', "[" * 100_000]
+JUNK += [f'{{"meta": {{}}, "tensors": {rows}}}' for rows in (1, "[1]", '[["w"]]', '[["w", "int128", [1]]]')]
+JUNK += ['{"meta": {}, "tensors": [["w", "float32", [9]]]}', '{"meta": {}, "tensors": [["w", "float32", 1]]}']
+
+
+@pytest.mark.parametrize("header", JUNK, ids=range(len(JUNK)))
+def test_a_checkpoint_made_by_another_hand_is_as_good_as_torn(tmp_path, header):
+    _, newest = written(tmp_path, 7, 9)
+    magic, version = train_gpt.CHECKPOINT_MAGIC, train_gpt.CHECKPOINT_VERSION
+    newest.write_bytes(train_gpt.pack_container(magic, version, header.encode(), b"four"))
+    assert load_checkpoint(tmp_path, quiet).meta["step"] == 7
+
+
 def test_where_none_was_written_there_is_none(tmp_path):
     assert load_checkpoint(tmp_path / "absent", quiet) is None
     (tmp_path / "step_000000001.ckpt.tmp").write_bytes(b"half")

@@ -159,15 +159,15 @@ def test_shard_is_opened_and_checked_once(tmp_path, monkeypatch):
     assert opened == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
 
 
-def test_fingerprint_tells_names_and_sizes_apart(tmp_path):
-    prints = set()
-    for name, size in (("000000", 50), ("000000", 51), ("000001", 50)):
-        folder = tmp_path / f"{name}_{size}"
+def test_fingerprint_tells_names_sizes_and_beginnings_apart(tmp_path):
+    prints = []
+    for name, size, first in (("000000", 50, 0), ("000000", 51, 0), ("000001", 50, 0), ("000000", 50, 7)):
+        folder = tmp_path / f"{name}_{size}_{first}"
         folder.mkdir()
-        write_shard(folder / f"fineweb_train_{name}.bin", np.arange(size))
-        prints.add(Shards(folder, "train", 320).fingerprint())
-        assert Shards(folder, "train", 320).fingerprint() in prints
-    assert len(prints) == 3
+        write_shard(folder / f"fineweb_train_{name}.bin", first + np.arange(size))
+        prints.append(Shards(folder, "train", 320).fingerprint())
+        assert Shards(folder, "train", 320).fingerprint() == prints[-1]
+    assert len(set(prints)) == 4
 
 
 # --------------------------------------------------------------------------------------

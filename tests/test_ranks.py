@@ -2,6 +2,8 @@
 
 import json
 import random
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 
 import train_gpt
-from conftest import make_shards, torchrun
-from faults import only_line, plant, play, processes_with, small
+from conftest import ROOT, finish, make_shards, start_command, torchrun
+from faults import ending, only_line, plant, play, processes_with, small
 
 PROGRAM = Path(__file__).parent / "faults.py"
 EIGHT = {"TRAIN_SPANS": 8, "CHECKPOINT_EVERY": 0, "ITERATIONS": 6, "VAL_MAX_TOKENS": 2000}
@@ -221,6 +223,23 @@ def test_torchrun_ends_within_a_minute_of_a_failure_and_leaves_no_process(toy_da
     outcome = torchrun(2, env, ["run", fault], timeout=60, program=PROGRAM)
     assert outcome.returncode != 0 and time.monotonic() - begin < 60
     assert processes_with(env["RUN_DIR"]) == []
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_run_goes_on(toy_data, tmp_path):
+    env = small(toy_data, tmp_path, CHECKPOINT_EVERY=0)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    fault = json.dumps([plant("at_step", step=3, actions=["slow"])])  # time enough to be interrupted in
+    process = start_command([*command, str(PROGRAM), "run", fault], env, ROOT)
+    while not process.stdout.readline().startswith("step:3/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)  # as a machine does that is about to be taken away
+    outcome = finish(process, timeout=60)
+    assert outcome.returncode != 0 and "interrupted: saved at step" in outcome.stdout
+    assert processes_with(env["RUN_DIR"]) == []
+    assert len(list(Path(env["RUN_DIR"], "checkpoints").iterdir())) == 1
+    other = small(toy_data, tmp_path / "undisturbed", CHECKPOINT_EVERY=0)
+    assert play(env | {"RESUME": "1"}, ranks=2).statuses == play(other, ranks=2).statuses == [0, 0]
+    assert ending(env) == ending(other)
 
 
 @pytest.mark.full

@@ -341,6 +341,35 @@ def test_the_knobs_of_the_run_section_may_change_on_resuming(stopped, tmp_path, 
     assert go_on(stopped | changed) == want
 
 
+def without(checkpoint: train_gpt.Checkpoint, name: str) -> train_gpt.Checkpoint:
+    keep = [{k: v for k, v in part.items() if k != name} for part in checkpoint]
+    return train_gpt.Checkpoint(*keep)
+
+
+def with_one_row(checkpoint: train_gpt.Checkpoint, name: str) -> train_gpt.Checkpoint:
+    return checkpoint._replace(tensors=checkpoint.tensors | {name: checkpoint.tensors[name][:1]})
+
+
+PARTS = ["step", "skipped", "finished", "seconds", "knobs", "data", "dtype", "compiling", "rng", "ledger"]
+TENSORS = ["model.embed.weight", "optimizer.muon.blocks.0.mlp.fc.weight"]
+
+
+CHANGES = [(without, name) for name in PARTS + TENSORS] + [(with_one_row, name) for name in TENSORS]
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES)
+def test_a_checkpoint_of_another_version_is_refused_in_words(stopped, change, name):
+    """It was written under the same knobs, by a program that keeps other things or other shapes."""
+    folder = Path(stopped["RUN_DIR"], "checkpoints")
+    for path in folder.iterdir():
+        found = train_gpt.unpack_checkpoint(path.read_bytes(), "it")
+        assert name in found.meta or name in found.tensors
+        path.write_bytes(train_gpt.pack_checkpoint(change(found, name)))
+    before, outcome = tree(folder), play(stopped | {"RESUME": 1})
+    assert outcome.status == 2, outcome.err
+    assert "checkpoint" in only_line(outcome.err) and tree(folder) == before
+
+
 def test_a_changed_program_is_named_and_goes_on(stopped):
     newest = max(Path(stopped["RUN_DIR"], "checkpoints").iterdir())
     found = train_gpt.unpack_checkpoint(newest.read_bytes(), "it")

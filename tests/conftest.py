@@ -30,14 +30,14 @@ settings.load_profile("repeatable")
 
 # group of tests -> (seconds it may take on two cores, its files). A new file of tests gets a group here.
 GROUPS = {
-    "chapters and data": (180, "chapters scripts config schedule world data prepare download readme"),
+    "chapters and data": (180, "chapters scripts config schedule world data prepare download bad_input"),
     "builder": (300, "submission"),
     "kernels": (180, "kernels storage bitpacking"),
-    "models": (180, "layers mixers feedforward memory model optimizer train objective compile"),
+    "models": (180, "layers mixers feedforward memory model optimizer train objective compile ranks"),
     "evaluation": (180, "export evaluate output causality legality"),
     "distillation": (120, "teachers distillation"),
-    "records": (120, "records audit sweep"),
-    "robustness": (120, "robustness checkpoint resume faults bad_input dependencies regressions ranks"),
+    "records": (120, "records readme audit sweep"),
+    "robustness": (120, "robustness checkpoint resume faults dependencies regressions"),
 }
 GROUP_OF = {f"test_{name}.py": group for group, (_, names) in GROUPS.items() for name in names.split()}
 
@@ -92,6 +92,7 @@ class Accounts:
         self.expected: dict[str, str] = {}  # the same for expected failures, which count as passed
         self.seconds: dict[str, float] = defaultdict(float)  # file -> time of its tests
         self.problems: list[str] = []
+        self.times: list[str] = []
 
     def pytest_runtest_logreport(self, report):
         self.seconds[Path(report.nodeid.split("::")[0]).name] += report.duration
@@ -128,11 +129,12 @@ class Accounts:
         lost = [f"{name} belongs to no group: add it to GROUPS in tests/conftest.py" for name in strays]
         if not self.config.getoption("--budgets") or self.config.getoption("--full"):
             return lost
+        self.times = [f"time: {g}, {s:.0f} s of {GROUPS[g][0]} s" for g, s in spent.items() if g in GROUPS]
         over = [(g, s) for g, s in spent.items() if g in GROUPS and s > GROUPS[g][0]]
         return lost + [f"group '{g}' took {s:.0f} s of its {GROUPS[g][0]} s" for g, s in over]
 
     def pytest_unconfigure(self):
-        lines = [f"problem: {problem}" for problem in self.problems]
+        lines = [*self.times, *(f"problem: {problem}" for problem in self.problems)]
         passed = self.passed - self.failed
         lines += [f"{len(passed)} passed, {len(self.failed)} failed, {len(self.skips)} skipped"]
         lines += [f"skipped: {n}, {reason}" for reason, n in Counter(self.skips.values()).most_common()]

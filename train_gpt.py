@@ -339,6 +339,7 @@ TRUTH = {
 }
 
 
+@functools.cache
 def all_knobs() -> dict[str, tuple[str, dataclasses.Field]]:
     """Environment name -> (section name, field)."""
     sections = (
@@ -2359,18 +2360,18 @@ def pack_checkpoint(checkpoint: Checkpoint) -> bytes:
 
 
 def unpack_checkpoint(blob: bytes, what: str) -> Checkpoint:
+    """Raises UserError for a file that is damaged, or whole but of another hand."""
     header, payload = unpack_container(blob, CHECKPOINT_MAGIC, CHECKPOINT_VERSION, what)
-    header, tensors, at = json.loads(header), {}, 0
-    for name, kind, shape in header["tensors"]:
-        dtype = CHECKPOINT_DTYPES[kind]
-        size = math.prod(shape) * dtype.itemsize
-        flat = (
-            torch.frombuffer(bytearray(payload[at : at + size]), dtype=dtype)
-            if size
-            else torch.empty(0, dtype=dtype)
-        )
-        tensors[name], at = flat.view(shape), at + size
-    return Checkpoint(header["meta"], tensors)
+    try:
+        header, tensors, at = json.loads(header), {}, 0
+        for name, kind, shape in header["tensors"]:
+            dtype = CHECKPOINT_DTYPES[kind]
+            raw = bytearray(payload[at : at + math.prod(shape) * dtype.itemsize])
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            tensors[name], at = flat.view(shape), at + len(raw)
+        return Checkpoint(header["meta"], tensors)
+    except (KeyError, RecursionError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f"{what} is whole, but this program did not write it ({type(e).__name__})") from e
 
 
 CHECKPOINT_DTYPES = {
@@ -2437,8 +2438,20 @@ def load_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
+CHECKPOINT_META = (  # what resuming reads
+    *("step", "skipped", "finished", "seconds", "pace", "ledger"),
+    *("knobs", "data", "source_sha256", "dtype", "compiling", "rng"),
+)
+
+
 def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
     """Raise UserError naming the knobs in which a checkpoint's run differs from this one."""
+    missing = [name for name in CHECKPOINT_META if name not in meta]
+    if missing:
+        raise UserError(
+            f"the checkpoint has no {missing[0]!r}: another version of this program wrote it; continue with "
+            f"that version, or choose another RUN_ID"
+        )
     mine, theirs = identity(cfg), meta["knobs"]
     differ = [
         f"{env} (checkpoint {theirs.get(env)!r}, now {mine.get(env)!r})"
@@ -2502,8 +2515,16 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Copy saved values into the live tensors. KeyError where one is missing."""
-        for name, live in self.tensors().items():
+        """Copy saved values into the live tensors. Raises UserError where they are not the same ones."""
+        lives = self.tensors()
+        shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (lives, tensors)]
+        wrong = [n for n in sorted({*lives, *tensors}) if shapes[0].get(n) != shapes[1].get(n)]
+        if wrong:
+            raise UserError(
+                f"the checkpoint has {wrong[0]} as {shapes[1].get(wrong[0])}, this program as "
+                f"{shapes[0].get(wrong[0])}: another version wrote it; continue with that version"
+            )
+        for name, live in lives.items():
             live.copy_(tensors[name])
 
 
@@ -2622,6 +2643,7 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
         if heard.save:
             with t.clock.paused():
                 save(t)
+                t.clock.saved = t.clock.now()
         take_step(t, Progress(t.state.step, heard.seconds))
         if t.cfg.run.val_every and t.state.step % t.cfg.run.val_every == 0:
             with t.clock.paused():

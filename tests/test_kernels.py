@@ -156,12 +156,12 @@ class Largest(TorchDispatchMode):
 def test_logits_never_exist_as_a_whole(upstream, grad):
     rows, vocab = 1300, 8192
     hidden, weight, targets = problem(rows, 8, vocab)
-    assert chunk_rows(rows, vocab) == 512
+    assert chunk_rows(rows, vocab) == 256
     with Largest() as seen, torch.set_grad_enabled(grad):
         nll = softcapped_nll(hidden, weight, targets, 30.0, fast=False)
         if grad:
             (nll.mean() if upstream == "mean" else nll.square().mean()).backward()
-    assert seen.entries == 512 * vocab < rows * vocab / 2
+    assert seen.entries == 256 * vocab < rows * vocab / 5
     with Largest() as seen:
         softcapped_nll_ref(hidden, weight, targets, 30.0)
     assert seen.entries == rows * vocab  # the same measure sees the logits of the plain form

@@ -261,12 +261,12 @@ def stream(cfg: Config, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-def edited(model, tokens, targets, t: int) -> tuple[bool, float]:
-    """Change input t: (are the nats before it bit-equal, how far do those from it on move)."""
+def edited(model, tokens, targets, t: int) -> tuple[float, float]:
+    """Change input t: how far do the nats before it move, how far those from it on."""
     other = tokens.clone()
     other[t] = 4 + (tokens[t] + 17) % (model.cfg.model.vocab - 4)
-    before, after = stream_nats(model, tokens, targets), stream_nats(model, other, targets)
-    return torch.equal(before[:t], after[:t]), float((before - after)[t:].abs().max())
+    moved = (stream_nats(model, tokens, targets) - stream_nats(model, other, targets)).abs()
+    return float(moved[:t].max()), float(moved[t:].max())
 
 
 def cut(model, tokens, targets) -> float:
@@ -293,11 +293,13 @@ def leaky(model, size: float = 1e-3):
 def test_nothing_before_a_changed_token_moves(knobs):
     cfg = config(**knobs)
     model, (tokens, targets) = scrambled(cfg), stream(cfg, 3)
-    for t in (1, 11, 13, 39, 41, 62, 63):
-        equal, moved = edited(model, tokens, targets, t)
-        assert equal
-        assert moved > 1e-3
-        assert not edited(leaky(copy.deepcopy(model)), tokens, targets, t)[0]
+    for t in (1, 10, 11, 13, 39, 41, 62, 63):
+        # Without its BOS a packed document joins the one before: another shape, so other last bits.
+        bound = 1e-4 if cfg.data.packing and tokens[t] == 1 else 0.0
+        before, after = edited(model, tokens, targets, t)
+        assert before <= bound
+        assert after > 1e-3
+        assert edited(leaky(copy.deepcopy(model)), tokens, targets, t)[0] > bound
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)

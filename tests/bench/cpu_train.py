@@ -198,7 +198,14 @@ def versions() -> dict:
     source = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:16]
     return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "torch": torch.__version__, "source": source,
             "python": platform.python_version(), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 2)}
+            "load": round(os.getloadavg()[0], 2), "cpu": cpu_name()}
+
+
+def cpu_name() -> str:
+    """Model and the matrix extensions that decide the speed of bfloat16."""
+    about = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
+    return " ".join([*names[:1], *(flag for flag in ("amx_bf16", "avx512_bf16") if f" {flag}" in about)])
 
 
 def render(rows: list[dict]) -> str:
@@ -224,6 +231,7 @@ def table_row(r: dict) -> str:
     rss = f"{r['rss_mib']['plain']:.0f}, {r['rss_mib']['ours']:.0f}"
     low, high = r["spread_ms"]["ours"]
     where = f"{r['date']}, torch {r['torch']}, {r['threads']} threads, source {r['source'][:8]}"
+    where += f", {r['cpu']}" if "cpu" in r else ""
     return (f"| {r['case']} | {r['dtype']} | {r['compile']} | {ms['plain']:.0f} | {ms['ours']:.0f} | "
             f"{TOKENS / ms['ours'] * 1000:,.0f} | {ms['plain'] / ms['ours']:.2f} | {bar} | {limit} | {rss} | "
             f"{low:.0f}-{high:.0f} | {where} |")

@@ -10,7 +10,10 @@ import train_gpt
 from conftest import ROOT, read_env
 
 RECORDS = sorted(p.parent for p in (ROOT / "records").glob("*/env"))
-TABLES = {"cpu_train": "tests/bench/cpu_train.py"}  # records/bench/<name>.md -> what writes it
+TABLES = {  # records/bench/<name>.md -> what writes it
+    "cpu_train": "tests/bench/cpu_train.py",
+    "reliability": "tests/bench/reliability.py",
+}
 PARAMS = {"baseline": 17_059_912}  # published counts
 
 

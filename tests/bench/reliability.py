@@ -1,0 +1,92 @@
+"""The long test run, `tests/run.sh --full`, and its outcome as a committed table.
+
+    python tests/bench/reliability.py             # run everything, append the outcome, write the table
+    python tests/bench/reliability.py --table     # write the table again from the raw lines
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RAW = ROOT / "records/bench/raw/reliability.jsonl"
+TABLE = ROOT / "records/bench/reliability.md"
+COMMAND = ["tests/run.sh", "--full"]
+
+
+def run() -> dict:
+    """Run the suite -> a raw line. Its own output goes on to the terminal."""
+    begin, lines = time.monotonic(), []
+    with subprocess.Popen(COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+        for line in p.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+    text = "\n".join(lines)
+    counts = re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", text, re.MULTILINE)
+    passed, failed, skipped = map(int, counts[-1]) if counts else (0, 0, 0)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": " ".join(COMMAND),
+        "exit": p.returncode,
+        "passed": passed,
+        "failed": failed,
+        "skipped": re.findall(r"^skipped: (\d+, .*)$", text, re.MULTILINE) if skipped else [],
+        "failures": re.findall(r"^FAILED (\S+)", text, re.MULTILINE),
+        "minutes": round((time.monotonic() - begin) / 60, 1),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "source": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:16],
+    }
+
+
+def render(rows: list[dict]) -> str:
+    head = [
+        "# The long test run",
+        "",
+        "`python tests/bench/reliability.py` runs `tests/run.sh --full`: besides the default tests every kill "
+        "and fault point of the saver, the random kills, and the whole matrix of the builder. Latest first.",
+        "",
+        "| date | passed | failed | skipped | minutes | where |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *(table_row(r) for r in reversed(rows))]) + "\n"
+
+
+def table_row(r: dict) -> str:
+    failed = f"{r['failed']}: {', '.join(r['failures'])}" if r["failed"] else "0" if r["exit"] == 0 else "exit 1"
+    where = f"{r['cores']} cores, Python {r['python']}, torch {r['torch']}, source {r['source'][:8]}"
+    return f"| {r['date']} | {r['passed']} | {failed} | {'; '.join(r['skipped']) or 0} | {r['minutes']} | {where} |"
+
+
+def read_raw() -> list[dict]:
+    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--table", action="store_true", help="only write the table from the raw lines")
+    status = 0
+    if not parser.parse_args().table:
+        row = run()
+        with RAW.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        status = row["exit"]
+    TABLE.write_text(render(read_raw()))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

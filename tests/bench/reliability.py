@@ -28,7 +28,8 @@ COMMAND = ["tests/run.sh", "--full"]
 def run() -> dict:
     """Run the suite -> a raw line. Its own output goes on to the terminal."""
     begin, lines = time.monotonic(), []
-    with subprocess.Popen(COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(COMMAND, cwd=ROOT, **pipes) as p:
         for line in p.stdout:
             print(line, end="", flush=True)
             lines.append(line.strip())
@@ -55,8 +56,9 @@ def render(rows: list[dict]) -> str:
     head = [
         "# The long test run",
         "",
-        "`python tests/bench/reliability.py` runs `tests/run.sh --full`: besides the default tests every kill "
-        "and fault point of the saver, the random kills, and the whole matrix of the builder. Latest first.",
+        "`python tests/bench/reliability.py` runs `tests/run.sh --full`: besides the default tests every "
+        "kill and fault point of the saver, the random kills, and the whole matrix of the builder. Latest "
+        "first.",
         "",
         "| date | passed | failed | skipped | minutes | where |",
         "|---|---|---|---|---|---|",
@@ -65,9 +67,10 @@ def render(rows: list[dict]) -> str:
 
 
 def table_row(r: dict) -> str:
-    failed = f"{r['failed']}: {', '.join(r['failures'])}" if r["failed"] else "0" if r["exit"] == 0 else "exit 1"
+    failed = ": ".join([str(r["failed"]), *r["failures"]]) + f" (exit {r['exit']})" * (r["exit"] != 0)
     where = f"{r['cores']} cores, Python {r['python']}, torch {r['torch']}, source {r['source'][:8]}"
-    return f"| {r['date']} | {r['passed']} | {failed} | {'; '.join(r['skipped']) or 0} | {r['minutes']} | {where} |"
+    skipped = "; ".join(r["skipped"]) or "0"
+    return f"| {r['date']} | {r['passed']} | {failed} | {skipped} | {r['minutes']} | {where} |"
 
 
 def read_raw() -> list[dict]:

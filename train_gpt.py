@@ -1360,7 +1360,7 @@ def attend_segments_ref(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Tensor
 
 
 @functools.cache
-def segment_operator(tiled: bool = False) -> Callable:
+def segment_operator(tiled: bool, /) -> Callable:
     """attend_segments_ref for CPUs as one opaque operator: its data-dependent loop fits a compiled block.
 
     SDPA cannot be differentiated inside an operator, so this calls the two flash kernels under it, or
@@ -1545,7 +1545,7 @@ def pick_attention(device: torch.device, dtype: torch.dtype, compiling: bool) ->
         return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, attend_segments_ref))
     if device.type == "cpu":
         blocked = compiling and dtype == torch.bfloat16  # in float32 torch's backward is as good
-        kernels = (attend_blocked if blocked else sdpa, segment_operator(tiled=blocked))
+        kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked))
         return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
     plain = functools.partial(attend_sdpa, (sdpa, attend_segments_ref))
     if dtype == torch.float32:

@@ -195,7 +195,7 @@ def naive(q, k, v, docs: list[int]) -> torch.Tensor:
     return torch.stack(out, 1)[None]
 
 
-FORMS = {"plain": attend_segments_ref, "operator": segment_operator(), "tiles": segment_operator(tiled=True)}
+FORMS = {"plain": attend_segments_ref, "operator": segment_operator(False), "tiles": segment_operator(True)}
 lengths = st.lists(st.sampled_from([1, 1, 2, 3, 5, 17, 33]), min_size=1, max_size=8)
 
 
@@ -467,5 +467,5 @@ def test_only_compiled_bfloat16_blocks_on_a_cpu_go_back_by_blocks(monkeypatch):
     assert torch.equal(attend(q, k, v, None, 10), sdpa(q, k, v))
     assert len(calls) == 1
     docs = boundaries([3, 1, 6])
-    assert torch.equal(attend(q, k, v, docs, 10), segment_operator()(q, k, v, docs))
+    assert torch.equal(attend(q, k, v, docs, 10), segment_operator(False)(q, k, v, docs))
     assert len(calls) == 1

@@ -9,9 +9,10 @@ A run trains under a clock, writes its artifact, loads that artifact into a fres
 the loaded model: the number printed last belongs to the bytes on disk, never to the weights in memory.
 
  1 Config        2 Schedule      3 Journal       4 World         5 Clock
- 6 Data          7 Kernels       8 Storage       9 Layers       10 Mixers
-11 Feed-forward 12 Model        13 Objective    14 Optimizer    15 Checkpoint
-16 Train        17 Export       18 Evaluate     19 Report       20 Main
+ 6 Data          7 Kernels       8 Storage       9 Coding       10 Layers
+11 Mixers       12 Feed-forward 13 Model        14 Objective    15 Optimizer
+16 Checkpoint   17 Calibrate    18 Train        19 Export       20 Evaluate
+21 Report       22 Main
 
 B rows, T tokens, D width, H query heads, G key/value heads, K head dim, V vocabulary, N = B*T.
 Losses are nats per token unless a name says bits.
@@ -29,9 +30,11 @@ import io
 import itertools
 import json
 import linecache
+import lzma
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -233,12 +236,63 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    matrix_bits: int = knob("MATRIX_BITS", 8, "matrices in the artifact; 16 = float16", choices=(6, 8, 16))
-    embed_bits: int = knob("EMBED_BITS", 8, "embedding and head likewise", choices=(6, 8, 16))
+    """What the numbers of the artifact mean; these knobs travel in its header."""
+
+    matrix_codec: str = knob("MATRIX_CODEC", "int", "matrices: int of MATRIX_BITS, ternary, fp8 or fp4",
+                             choices=("int", "ternary", "fp8", "fp4"))
+    matrix_bits: int = knob("MATRIX_BITS", 8, "bits of integer matrices; 16 = float16",
+                            choices=(5, 6, 7, 8, 16))
+    embed_codec: str = knob("EMBED_CODEC", "int", "the same for embedding and head, int of EMBED_BITS",
+                            choices=("int", "ternary", "fp8", "fp4"))
+    embed_bits: int = knob("EMBED_BITS", 8, "bits of an integer embedding; 16 = float16",
+                           choices=(5, 6, 7, 8, 16))
+    ternary_group: int = knob("TERNARY_GROUP", 128, "columns that share a ternary scale", within=(1, 65536),
+                              tiny=16)
+    ternary_step: float = knob("TERNARY_SCALE_STEP", 0.0, "ternary scales are powers of 1 + this; 0: float16",
+                               within=(0.0, 0.5))
     clip_percentile: float = knob("INT8_CLIP_PERCENTILE", 100.0, "where a row is clipped; 100 = its maximum",
                                   within=(50.0, 100.0))
     scale_floor: float = knob("ROW_SCALE_FLOOR", 0.0, "least quantisation step; naive baseline 1/127",
                               within=(0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """How the numbers of the artifact are found (records 1855 and 1886; frontier 6)."""
+
+    on: bool = knob("GPTQ_ENABLED", False, "round integer matrices by what they see in training text")
+    batches: int = knob("GPTQ_CALIBRATION_BATCHES", 16, "spans of training text that calibration reads",
+                        within=(1, None), tiny=4)
+    reserve: float = knob("GPTQ_RESERVE_SECONDS", 0.0, "seconds of the cap for calibration; 0 = measured",
+                          within=(0.0, None))
+    matrix_sigmas: float = knob("MATRIX_CLIP_SIGMAS", 0.0, "clip of integer matrices in standard deviations "
+                                "of a row; 0 = INT8_CLIP_PERCENTILE", within=(0.0, 1000.0))
+    attn_sigmas: float = knob("ATTN_CLIP_SIGMAS", 0.0, "the same for attention; 0 = MATRIX_CLIP_SIGMAS",
+                              within=(0.0, 1000.0))
+    mlp_sigmas: float = knob("MLP_CLIP_SIGMAS", 0.0, "the same for the MLP; 0 = MATRIX_CLIP_SIGMAS",
+                             within=(0.0, 1000.0))
+    embed_sigmas: float = knob("EMBED_CLIP_SIGMAS", 0.0, "the same for embedding and head; 0 = "
+                               "INT8_CLIP_PERCENTILE", within=(0.0, 1000.0))
+    lqer: bool = knob("LQER_ENABLED", False, "ship a low-rank correction of the worst integer matrices")
+    lqer_rank: int = knob("LQER_RANK", 4, "rank of the correction", within=(1, 999), tiny=2)
+    lqer_top: int = knob("LQER_TOP_K", 3, "matrices that get one", within=(1, None))
+    lqer_bits: int = knob("LQER_FACTOR_BITS", 4, "bits of its factors where they are symmetric",
+                          within=(2, 8))
+    lqer_asym: bool = knob("LQER_ASYM_ENABLED", True, "two bits for the left factor, four for the right")
+    lqer_group: int = knob("LQER_ASYM_GROUP", 64, "entries of the right factor that share a scale",
+                           within=(1, 65536))
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    """Bytes: how streams are compressed, and what gives way when the artifact is too large."""
+
+    compressor: str = knob("COMPRESSOR", "auto", "coder of the streams; auto = the smallest",
+                           choices=("auto", "raw", "brotli", "lzma", "zstd", "rans"))
+    ladder: str = knob("SIZE_LADDER", "", "what gives way, in order, while the total is over the limit, e.g. "
+                       "MLP_CLIP_SIGMAS=14,EMBED_BITS=6,LQER_ENABLED=0")
+    code_bytes: int = knob("CODE_BYTES", 0, "bytes of code that the limit counts; 0 = this file's own",
+                           within=(0, None))
 
 
 @dataclass(frozen=True)
@@ -267,6 +321,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
 
     @property
@@ -311,9 +367,38 @@ class Config:
                 "RESUME=1 wants RUN_ID or RUN_DIR, to know which run",
             ),
         ]
+        ladder_rungs(self.size.ladder)
         for holds, text in rules:
             if not holds:
                 raise UserError(text)
+
+
+# What SIZE_LADDER may lower: knob -> (kinds of tensors, field of their codec).
+LADDER = {
+    "MATRIX_BITS": (("attn", "mlp"), "bits_each"),
+    "EMBED_BITS": (("embed",), "bits_each"),
+    "MATRIX_CLIP_SIGMAS": (("attn", "mlp"), "sigmas"),
+    "ATTN_CLIP_SIGMAS": (("attn",), "sigmas"),
+    "MLP_CLIP_SIGMAS": (("mlp",), "sigmas"),
+    "EMBED_CLIP_SIGMAS": (("embed",), "sigmas"),
+    "LQER_ENABLED": ((), ""),
+}
+
+
+def ladder_rungs(text: str) -> list[tuple[str, float]]:
+    """`KNOB=value,KNOB=value` -> what to lower, in order. Raises UserError for anything else."""
+    rungs = []
+    for rung in filter(None, re.split(r"[\s,]+", text)):
+        name, _, value = rung.partition("=")
+        number = parse(value, float)
+        low, high = {"bits_each": (2, 8), "sigmas": (0.1, 1000), "": (0, 0)}[LADDER.get(name, ((), ""))[1]]
+        if name not in LADDER or number is None or not low <= number <= high:
+            raise UserError(
+                f"SIZE_LADDER={text!r}: {rung!r} is no rung; want KNOB=value of {', '.join(LADDER)}, bits 2 "
+                f"to 8 and LQER_ENABLED=0"
+            )
+        rungs.append((name, int(number) if low == 2 else number))
+    return rungs
 
 
 # Old or other scripts' names -> ours, or the sentence that refuses them. One name, one meaning.
@@ -513,6 +598,7 @@ class Progress(NamedTuple):
 
     step: int
     seconds: float
+    reserve: float = 0.0  # seconds of the cap that calibration needs after the last step
 
 
 class Phase(NamedTuple):
@@ -527,7 +613,7 @@ class Phase(NamedTuple):
 def fraction(at: Progress, cfg: Config) -> float:
     """Share of the run that is over, 0 to 1: of the clock where there is a cap, else of the steps."""
     if cfg.budget.seconds > 0:
-        return min(at.seconds / cfg.budget.seconds, 1.0)
+        return min(at.seconds / (cfg.budget.seconds - at.reserve), 1.0)
     return min(at.step / max(cfg.budget.iterations, 1), 1.0)
 
 
@@ -543,7 +629,7 @@ def warmdown_by_iters(at: Progress, cfg: Config) -> float:
     if cfg.budget.seconds <= 0:
         return min(1.0, max(cfg.budget.iterations - at.step, 0) / iters)
     step_seconds = at.seconds / max(at.step, 1)
-    left = max(cfg.budget.seconds - at.seconds, 0.0)
+    left = max(cfg.budget.seconds - at.reserve - at.seconds, 0.0)
     return min(1.0, left / max(iters * step_seconds, 1e-9))
 
 
@@ -896,6 +982,17 @@ class Clock:
         self.spent, self.mark, self.saved, self.interrupted = spent, None, now(), False
         self.heard, self.pending = Reading(spent, False, False), None
         self.times: deque[float] = deque(maxlen=20)
+        self.cap, self.reserve = cfg.budget.seconds, 0.0
+
+    def keep(self, reserve: float) -> None:
+        """End the steps so many seconds before the cap. Raises UserError where that leaves none."""
+        if 0 < self.cfg.budget.seconds <= reserve:
+            raise UserError(
+                f"MAX_WALLCLOCK_SECONDS={self.cfg.budget.seconds} leaves no time to train: calibration takes "
+                f"{reserve:.1f} s of it; raise it or lower GPTQ_CALIBRATION_BATCHES"
+            )
+        if self.cfg.budget.seconds > 0:
+            self.cap, self.reserve = self.cfg.budget.seconds - reserve, reserve
 
     def elapsed(self) -> float:
         return self.spent + (self.now() - self.mark if self.mark is not None else 0.0)
@@ -942,22 +1039,21 @@ class Clock:
         """Every CLOCK_SYNC_EVERY steps, and at each of the last 20 that the cap leaves room for."""
         typical = statistics.median(self.times) if self.times else 0.0
         every = self.cfg.compute.clock_sync_every or (1 if typical < 0.2 else 4)
-        cap = self.cfg.budget.seconds
-        return step % every == 0 or (cap > 0 and cap - self.heard.seconds < 20 * typical)
+        return step % every == 0 or (self.cap > 0 and self.cap - self.heard.seconds < 20 * typical)
 
     def ends_in_time(self) -> bool:
         """Whether the step about to start will be over before the cap, at the pace of the slowest of 20."""
-        if self.cfg.budget.seconds <= 0:
+        if self.cap <= 0:
             return True
         ahead = 1 if self.world.size == 1 else 2
         worst = max(self.times, default=0.0) * self.SAFETY
-        return self.heard.seconds + ahead * worst < self.cfg.budget.seconds
+        return self.heard.seconds + ahead * worst < self.cap
 
     def projected_steps(self, step: int) -> int:
         """Final step count at the median pace of the last 20 steps."""
-        if self.cfg.budget.seconds <= 0 or not self.times:
+        if self.cap <= 0 or not self.times:
             return self.cfg.budget.iterations
-        left = self.cfg.budget.seconds - self.heard.seconds
+        left = self.cap - self.heard.seconds
         more = int(left / max(statistics.median(self.times), 1e-9))
         return min(step + max(more, 0), self.cfg.budget.iterations)
 
@@ -1243,12 +1339,14 @@ class Loader:
         each = self.cfg.data.spans // (self.world.size * count)
         firsts = [(m * self.world.size + self.world.rank) * each for m in range(count)]
         groups = [[self.spans.span(step, i) for i in range(first, first + each)] for first in firsts]
-        if self.cfg.data.packing:
-            batches = [packed(g, self.bos, self.cfg.data.seq_len) for g in groups]
-        else:
-            batches = [as_rows(g, self.cfg.data.seq_len) for g in groups]
         pin = self.world.device.type == "cuda"
+        batches = [self.batch(group) for group in groups]
         return [Batch(*(t.pin_memory() if pin and t is not None else t for t in b)) for b in batches]
+
+    def batch(self, spans: list[np.ndarray]) -> Batch:
+        if self.cfg.data.packing:
+            return packed(spans, self.bos, self.cfg.data.seq_len)
+        return as_rows(spans, self.cfg.data.seq_len)
 
     def batches(self, step: int) -> list[Batch]:
         future = self.ready.pop(step, None) or self.pool.submit(self.host_batches, step)
@@ -1679,7 +1777,46 @@ def softcapped_nll(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, 
 # uses: Config
 # ======================================================================================
 
-Streams = dict[str, np.ndarray]  # what a codec makes of one tensor: stream name -> flat array
+
+class Plane(NamedTuple):
+    """What one stream holds of one tensor: a matrix of integers low..high, or of float16 (low == high)."""
+
+    rows: int
+    cols: int
+    low: int = 0
+    high: int = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Integers that need more than a byte take two."""
+        if self.low == self.high:
+            return np.dtype("<f2")
+        return np.dtype("|i1" if self.low >= -128 and self.high < 128 else "<i2")
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.cols
+
+
+Streams = dict[str, np.ndarray]  # what a codec makes of one tensor: stream name -> values, row by row
+Shape = tuple[int, ...]
+
+
+def as_rows_of(w: Tensor) -> Tensor:
+    """(..., C) -> (R,C) in float32, without gradient; a vector is one row, experts stand below each other."""
+    return w.detach().float().reshape(-1, w.shape[-1])
+
+
+def row_shape(shape: Shape) -> tuple[int, int]:
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def stream(values: Tensor, dtype: torch.dtype = torch.int8) -> np.ndarray:
+    return values.to(dtype).flatten().cpu().numpy()
+
+
+def unstream(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.copy()).float()
 
 
 @dataclass(frozen=True)
@@ -1693,30 +1830,32 @@ class Half:
     def fake_quant(self, w: Tensor) -> Tensor:
         return through(w, w.detach().half().to(w.dtype))
 
-    def encode(self, w: Tensor) -> Streams:
-        return {"half": w.detach().cpu().half().flatten().numpy()}
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        return {"half": stream(w.detach(), torch.half)}
 
-    def decode(self, streams: Streams, shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(streams["half"].copy()).float().view(shape)
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        return unstream(streams["half"]).view(shape)
 
-    def sizes(self, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
-        """Stream name -> (numpy dtype, entries), which is all that decoding has to know."""
-        return {"half": ("<f2", math.prod(shape))}
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        """Stream name -> its form, which is all that decoding has to know."""
+        return {"half": Plane(*row_shape(shape))}
 
-    def bits(self, shape: tuple[int, ...]) -> float:
-        """Expected size after compression; float16 noise does not compress."""
-        return 16.0 * math.prod(shape)
+    def bits(self, shape: Shape) -> float:
+        """Expected size after compression: float16 noise loses 11 % to brotli (measured on gains)."""
+        return 14.3 * math.prod(shape)
 
 
 @dataclass(frozen=True)
 class IntRow:
-    """Symmetric integers with one float16 step per row (naive baseline; 6 and 8 bits).
+    """Symmetric integers with one float16 step per row: round to nearest, or GPTQ where a Hessian is given.
 
-    step = clip / top, top = 2^(bits-1) - 1, clip = a percentile of |w| in the row. Rows are the first
-    dimension; a vector is one row.
+    step = clip / top, top = 2^(bits-1) - 1. clip = sigmas * the row's standard deviation (SDClip; frontier
+    records), or with sigmas 0 a percentile of |w| in the row (naive baseline). Rows are all dimensions
+    but the last; a vector is one row.
     """
 
     bits_each: int
+    sigmas: float = 0.0
     percentile: float = 100.0
     floor: float = 0.0
 
@@ -1728,40 +1867,307 @@ class IntRow:
     def top(self) -> int:
         return 2 ** (self.bits_each - 1) - 1
 
-    def parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, ...) -> integers (R,C) and steps (R,1), both float32. A row of zeros has step 1."""
-        rows = w.detach().float().reshape(w.shape[0] if w.ndim > 1 else 1, -1)
-        if self.percentile < 100.0:
+    def step(self, rows: Tensor) -> Tensor:
+        """(R,C) -> (R,1), as the artifact holds it. A row of zeros has step 1."""
+        if self.sigmas > 0 and rows.shape[1] > 1:
+            clip = self.sigmas * rows.std(1, keepdim=True)
+        elif self.percentile < 100.0:
             clip = torch.quantile(rows.abs(), self.percentile / 100.0, dim=1, keepdim=True)
         else:
             clip = rows.abs().amax(1, keepdim=True)
         step = (clip / self.top).clamp_min(self.floor).half().float()
-        step = torch.where(step > 0, step, torch.ones_like(step))  # float16 may underflow (frontier trap 32)
-        return (rows / step).round().clamp(-self.top, self.top) + 0.0, step  # no integer is minus zero
+        return torch.where(step > 0, step, torch.ones_like(step))  # float16 may underflow (frontier trap 32)
 
     def fake_quant(self, w: Tensor) -> Tensor:
-        q, step = self.parts(w)
-        return through(w, (q * step).view(w.shape).to(w.dtype))
+        rows = as_rows_of(w)
+        step = self.step(rows)
+        return through(w, (nearest(rows / step, self.top) * step).view(w.shape).to(w.dtype))
 
-    def encode(self, w: Tensor) -> Streams:
-        q, step = self.parts(w.cpu())
-        return {"q": q.to(torch.int8).flatten().numpy(), "step": step.half().flatten().numpy()}
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        rows = as_rows_of(w)
+        step = self.step(rows)
+        q = nearest(rows / step, self.top) if hessian is None else gptq(rows, step, self.top, hessian)
+        return {f"{self.name}.q": stream(q), "step": stream(step, torch.half)}
 
-    def decode(self, streams: Streams, shape: tuple[int, ...]) -> Tensor:
-        step = torch.from_numpy(streams["step"].copy()).float()[:, None]
-        q = torch.from_numpy(streams["q"].copy()).float().view(len(step), -1)
-        return (q * step).view(shape)
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        step = unstream(streams["step"])[:, None]
+        return (unstream(streams[f"{self.name}.q"]).view(len(step), -1) * step).view(shape)
 
-    def sizes(self, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
-        return {"q": ("|i1", math.prod(shape)), "step": ("<f2", shape[0] if len(shape) > 1 else 1)}
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        rows, cols = row_shape(shape)
+        return {f"{self.name}.q": Plane(rows, cols, -self.top, self.top), "step": Plane(rows, 1)}
 
-    def bits(self, shape: tuple[int, ...]) -> float:
-        """Expected size after brotli: a Gaussian row clipped at its maximum (about 3.7 sigma) loses
-        1.0 bit per weight of the nominal width to entropy coding (measured, performance notes 4)."""
-        return (self.bits_each - 0.9) * math.prod(shape) + 16.0 * self.sizes(shape)["step"][1]
+    def bits(self, shape: Shape) -> float:
+        """Expected size: the entropy of a Gaussian in steps of clip / top, and the steps themselves.
+
+        h = log2(sigma / step * sqrt(2 pi e)) (frontier 6.3 agrees to 0.01 bit). Without sigmas the clip
+        is the maximum of a row, of C Gaussians about sqrt(2 ln C) sigma.
+        """
+        rows, cols = row_shape(shape)
+        sigmas = self.sigmas or math.sqrt(2 * math.log(max(cols, 2)))
+        each = max(math.log2(self.top / sigmas * math.sqrt(2 * math.pi * math.e)), 0.1)
+        return min(each, self.bits_each) * rows * cols + 14.3 * rows
 
 
-Codec = Half | IntRow
+def nearest(x: Tensor, top: float) -> Tensor:
+    """Round to the nearest integer within +-top; none is minus zero, which no integer stream can hold."""
+    return x.round().clamp(-top, top) + 0.0
+
+
+def gptq(rows: Tensor, step: Tensor, top: int, hessian: Tensor) -> Tensor:
+    """(R,C) weights, (R,1) steps, (C,C) sum of x x' -> integers (R,C) with least error of x w'.
+
+    Each column's rounding error is spread over the columns still to be rounded (Frantar et al., 2022),
+    the most active column first, 128 columns at a time; damping 1 % of the mean activity; a column
+    that never saw an input becomes zero (frontier 6.3).
+    """
+    h, w = hessian.double(), rows.clone()
+    dead = h.diagonal() == 0
+    h[dead, dead], w[:, dead] = 1.0, 0.0
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    w, h = w[:, order], h[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    q = torch.empty_like(w)
+    for a in range(0, w.shape[1], 128):
+        block, own = w[:, a : a + 128].clone(), upper[a : a + 128, a : a + 128]
+        errors = torch.empty_like(block)
+        for j in range(block.shape[1]):
+            q[:, a + j] = nearest(block[:, j : j + 1] / step, top)[:, 0]
+            errors[:, j] = (block[:, j] - q[:, a + j] * step[:, 0]) / own[j, j]
+            block[:, j + 1 :] -= errors[:, j : j + 1] * own[j, j + 1 :]
+        w[:, a + 128 :] -= errors @ upper[a : a + 128, a + 128 :]
+    return q[:, torch.argsort(order)]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Integers plus a low-rank correction of their error, A B with A (R,r), B (r,C) (LQER; record 1855).
+
+    group > 0: A in two bits with one scale, B in four bits with a scale for each `group` entries.
+    group = 0: both in `factor_bits`, with a scale for each row. Decoded only: no training through it.
+    """
+
+    base: IntRow
+    rank: int
+    group: int
+    factor_bits: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.base.name}+lqer{self.rank}g{self.group}b{self.factor_bits}"
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        return self.base.fake_quant(w)
+
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        base = self.base.encode(w, hessian)
+        error = as_rows_of(w).cpu() - self.base.decode(base, tuple(w.shape)).view(row_shape(w.shape))
+        left, size, right = torch.linalg.svd(error, full_matrices=False)
+        a, b = left[:, : self.rank] * size[: self.rank], right[: self.rank]
+        return base | self.factor_streams((a, b), tuple(w.shape))
+
+    def factor_streams(self, factors: tuple[Tensor, Tensor], shape: Shape) -> Streams:
+        found = {}
+        for factor, (key, low, high, cols) in zip(factors, self.forms(shape), strict=True):
+            parts = factor.reshape(-1, cols)
+            scale = (parts.abs().amax(1, keepdim=True) / min(-low, high + 0.5)).half().float()
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            found[key] = stream((parts / scale).round().clamp(low, high) + 0.0)
+            found[f"{key}.scale"] = stream(scale, torch.half)
+        return found
+
+    def forms(self, shape: Shape) -> list[tuple[str, int, int, int]]:
+        """(stream, least and greatest integer, entries to a scale) of A and of B."""
+        (rows, cols), rank = row_shape(shape), self.rank_of(shape)
+        if self.group and rank * cols % self.group == 0:
+            return [("lqer.a2", -2, 1, rows * rank), ("lqer.b4", -8, 7, self.group)]
+        top = 2 ** (self.factor_bits - 1) - 1
+        return [("lqer.a", -top, top, rank), ("lqer.b", -top, top, cols)]
+
+    def rank_of(self, shape: Shape) -> int:
+        return min(self.rank, *row_shape(shape))
+
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        (rows, cols), rank = row_shape(shape), self.rank_of(shape)
+        factors = []
+        for key, _, _, each in self.forms(shape):
+            factors.append(unstream(streams[key]).view(-1, each) * unstream(streams[f"{key}.scale"])[:, None])
+        return self.base.decode(streams, shape) + (
+            factors[0].view(rows, rank) @ factors[1].view(rank, cols)
+        ).view(shape)
+
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        rank, found = self.rank_of(shape), self.base.planes(shape)
+        for (key, low, high, each), size in zip(self.forms(shape), row_shape(shape), strict=True):
+            found |= {
+                key: Plane(rank * size // each, each, low, high),
+                f"{key}.scale": Plane(rank * size // each, 1),
+            }
+        return found
+
+    def bits(self, shape: Shape) -> float:
+        return self.base.bits(shape) + 4.0 * self.rank_of(shape) * sum(row_shape(shape))
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """-1, 0 or 1 times a scale per group of columns (BitNet b1.58; SKC notes 2.1 and 4.2).
+
+    scale = mean |w| of the group's own entries, rounded to float16, then at least 2^-14; an entry of half
+    the scale or more is not zero. With log_step > 0 the scale that ships is a power of 1 + log_step,
+    stored as the row's mean exponent and what differs from it: about 5 bits instead of 11.
+    """
+
+    group: int = 128
+    log_step: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"ternary{self.group}" + (f"log{self.log_step}" if self.log_step else "")
+
+    def groups(self, rows: Tensor) -> Tensor:
+        """(R,C) -> (R,G,g), the last group filled with zeros."""
+        return F.pad(rows, (0, -rows.shape[1] % self.group)).view(len(rows), -1, self.group)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,C) -> trits (R,G,g) and scales (R,G), which a power of 1 + log_step may still replace."""
+        z = self.groups(rows)
+        real = self.groups(torch.ones_like(rows[:1])).sum(2)  # entries of each group, without the filling
+        scale = (z.abs().sum(2) / real).half().float().clamp_min(2.0**-14)
+        return torch.where(z.abs() / scale[..., None] >= 0.5, z.sign(), 0.0) + 0.0, scale
+
+    def exponents(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,G) -> the row's mean exponent (R,1), and each group's difference from it, within a byte."""
+        power = torch.log2(scale.double()) / math.log2(1 + self.log_step)
+        mean = power.mean(1, keepdim=True).round()
+        return mean, (power.round() - mean).clamp(-127, 127)
+
+    def power(self, exponent: Tensor) -> Tensor:
+        """In float64, so that any machine's exp2 gives the same float32."""
+        return torch.exp2(exponent.double() * math.log2(1 + self.log_step)).float()
+
+    def shipped(self, scale: Tensor) -> Tensor:
+        return self.power(sum(self.exponents(scale))) if self.log_step else scale
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        rows = as_rows_of(w)
+        q, scale = self.parts(rows)
+        quantised = (q * self.shipped(scale)[..., None]).flatten(1)[:, : rows.shape[1]]
+        return through(w, quantised.reshape(w.shape).to(w.dtype))
+
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        rows = as_rows_of(w)
+        q, scale = self.parts(rows)
+        trits = {"ternary.q": stream(q.flatten(1)[:, : rows.shape[1]])}
+        if not self.log_step:
+            return trits | {"ternary.scale": stream(scale, torch.half)}
+        mean, rest = self.exponents(scale)
+        return trits | {"ternary.mean": stream(mean, torch.int16), "ternary.rest": stream(rest)}
+
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        rows, cols = row_shape(shape)
+        q = self.groups(unstream(streams["ternary.q"]).view(rows, cols))
+        if self.log_step:
+            mean = unstream(streams["ternary.mean"])[:, None]
+            scale = self.power(mean + unstream(streams["ternary.rest"]).view(rows, -1))
+        else:
+            scale = unstream(streams["ternary.scale"]).view(rows, -1)
+        return (q * scale[..., None]).flatten(1)[:, :cols].reshape(shape)
+
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        rows, cols = row_shape(shape)
+        groups, trits = -(-cols // self.group), {"ternary.q": Plane(rows, cols, -1, 1)}
+        if not self.log_step:
+            return trits | {"ternary.scale": Plane(rows, groups)}
+        return trits | {
+            "ternary.mean": Plane(rows, 1, -(2**15), 2**15 - 1),
+            "ternary.rest": Plane(rows, groups, -127, 127),
+        }
+
+    def bits(self, shape: Shape) -> float:
+        """Expected size: 1.585 a trit (a third of them are zeros: full entropy), 11 or about 5 a scale."""
+        rows, cols = row_shape(shape)
+        return 1.585 * rows * cols + (5.0 if self.log_step else 11.0) * rows * -(-cols // self.group)
+
+
+def row_scale(rows: Tensor) -> Tensor:
+    """(R,C) -> (R,1): the greatest |w| as float16 stores it, never 0 (SKC notes 2.2)."""
+    return rows.abs().amax(1, keepdim=True).clamp_min(1e-8).half().float().clamp_min(2.0**-24)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """float8 e4m3 of w / (a / 448), with the greatest |w| of each row, a, in float16 (SKC notes 2.2)."""
+
+    @property
+    def name(self) -> str:
+        return "fp8"
+
+    def cast(self, rows: Tensor, a: Tensor) -> Tensor:
+        """Clamped first: whether an overflowing cast saturates depends on the torch release."""
+        return (rows / (a / 448.0)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        rows = as_rows_of(w)
+        a = row_scale(rows)
+        return through(w, (self.cast(rows, a).float() * (a / 448.0)).view(w.shape).to(w.dtype))
+
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        rows = as_rows_of(w)
+        a = row_scale(rows)
+        q = self.cast(rows, a).view(torch.int8)
+        return {"fp8.q": stream(q), "row": stream(a, torch.half)}
+
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        a = unstream(streams["row"])[:, None]
+        q = torch.from_numpy(streams["fp8.q"].copy()).view(torch.float8_e4m3fn).float()
+        return (q.view(len(a), -1) * (a / 448.0)).view(shape)
+
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        rows, cols = row_shape(shape)
+        return {"fp8.q": Plane(rows, cols, -128, 127), "row": Plane(rows, 1)}
+
+    def bits(self, shape: Shape) -> float:
+        """Expected size: 5.3 to 6.2 of the 8 bits are entropy (performance notes 4)."""
+        return 6.2 * math.prod(shape) + 14.3 * row_shape(shape)[0]
+
+
+@dataclass(frozen=True)
+class Fp4:
+    """Four-bit integers -7..7 in units of a / 7, with the greatest |w| of each row, a, in float16.
+
+    Called fp4 where it was published; the grid is uniform (SKC notes 2.2).
+    """
+
+    @property
+    def name(self) -> str:
+        return "fp4"
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        rows = as_rows_of(w)
+        step = row_scale(rows) / 7.0
+        return through(w, (nearest(rows / step, 7) * step).view(w.shape).to(w.dtype))
+
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        rows = as_rows_of(w)
+        a = row_scale(rows)
+        return {"fp4.q": stream(nearest(rows / (a / 7.0), 7)), "row": stream(a, torch.half)}
+
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        step = unstream(streams["row"])[:, None] / 7.0
+        return (unstream(streams["fp4.q"]).view(len(step), -1) * step).view(shape)
+
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        rows, cols = row_shape(shape)
+        return {"fp4.q": Plane(rows, cols, -7, 7), "row": Plane(rows, 1)}
+
+    def bits(self, shape: Shape) -> float:
+        return 3.4 * math.prod(shape) + 14.3 * row_shape(shape)[0]
+
+
+Codec = Half | IntRow | LowRank | Ternary | Fp8 | Fp4
 
 
 def through(w: Tensor, quantised: Tensor) -> Tensor:
@@ -1791,6 +2197,7 @@ class Tag:
 
     codec: Codec
     optim: str  # "muon" | "embed" | "head" | "scalar"
+    kind: str = "gain"  # or "attn", "mlp", "embed": whose codec a knob and SIZE_LADDER name
 
 
 # The container of artifacts and checkpoints: 4 bytes magic, 1 byte version, 16 bytes of sha256 over
@@ -1816,7 +2223,361 @@ def unpack_container(blob: bytes, magic: bytes, version: int, what: str) -> tupl
 
 
 # ======================================================================================
-# 9. Layers -- the parts that blocks are made of
+# 9. Coding -- streams of numbers in about as few bytes as their statistics allow
+# uses: Config Storage
+# ======================================================================================
+
+
+class Pool(NamedTuple):
+    """One stream of every tensor that has it: the form of each part, and the values one after another."""
+
+    planes: list[Plane]
+    values: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return sum(plane.count for plane in self.planes)
+
+
+def byte_wide(plane: Plane) -> bool:
+    """Whether the values are integers of at most a byte: what the entropy coder takes."""
+    return plane.dtype == np.dtype("|i1")
+
+
+def ideal_bytes(counts: np.ndarray) -> float:
+    """(K,S) how often each of S symbols occurs in each of K classes -> their entropy, in bytes."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return float(-(counts * np.log2(np.where(counts > 0, shares, 1.0))).sum() / 8)
+
+
+def entropy_bytes(plane: Plane, values: np.ndarray) -> float:
+    """Order-0 entropy of a stream: the least bytes for a coder that knows how often each value occurs."""
+    if byte_wide(plane):
+        counts = np.bincount(values.view(np.uint8), minlength=256)
+    else:
+        counts = np.unique(values.view(np.uint16), return_counts=True)[1]
+    return ideal_bytes(counts[None])
+
+
+# Plain byte forms. Digits: so many values share a byte, in this base.
+DIGITS = {"base3": (3, 5), "two_bits": (4, 4), "nibbles": (16, 2)}
+
+
+def forms_of(plane: Plane) -> list[str]:
+    """The forms that can hold a stream, the densest first; `split` puts all low bytes before the high."""
+    if plane.dtype.itemsize == 2:
+        return ["bytes", "split"]
+    if plane.low == -1 and plane.high == 1:
+        return ["base3", "mask", "two_bits"]
+    return ["nibbles", "bytes"] if plane.high - plane.low < 16 else ["bytes"]
+
+
+def to_form(values: np.ndarray, low: int, form: str) -> bytes:
+    """Values as bytes: digits of a number, a mask of non-zeros and their signs, or as they are."""
+    if form in DIGITS:
+        base, each = DIGITS[form]
+        digits = np.zeros(-(-len(values) // each) * each, np.uint8)
+        digits[: len(values)] = values.astype(np.int16) - low
+        return (digits.reshape(-1, each) @ (base ** np.arange(each)).astype(np.uint8)).tobytes()
+    if form == "mask":
+        return np.packbits(values != 0).tobytes() + np.packbits(values[values != 0] < 0).tobytes()
+    return values.view(np.uint8).reshape(-1, 2).T.tobytes() if form == "split" else values.tobytes()
+
+
+def form_bytes(plane: Plane, count: int, form: str) -> int:
+    """The most bytes that `to_form` makes of so many values."""
+    if form in DIGITS:
+        return -(-count // DIGITS[form][1])
+    return 2 * -(-count // 8) if form == "mask" else count * plane.dtype.itemsize
+
+
+def from_form(data: bytes, plane: Plane, count: int, form: str) -> np.ndarray:
+    """What to_form was given. Raises ValueError where the bytes are not of that length."""
+    raw = np.frombuffer(data, np.uint8)
+    if form == "mask":
+        on = np.unpackbits(raw[: -(-count // 8)], count=count).astype(bool)
+        signs = np.unpackbits(raw[-(-count // 8) :], count=int(on.sum()))
+        values = np.zeros(count, np.int8)
+        values[on] = 1 - 2 * signs.astype(np.int8)
+        return values
+    if len(raw) != form_bytes(plane, count, form):
+        raise ValueError(f"{len(raw)} bytes for {count} values in the form {form}")
+    if form in DIGITS:
+        base, each = DIGITS[form]
+        digits = raw[:, None] // (base ** np.arange(each)).astype(np.uint8) % base
+        return (digits.ravel()[:count].astype(np.int16) + plane.low).astype(np.int8)
+    return np.frombuffer(raw.reshape(2, -1).T.tobytes() if form == "split" else data, plane.dtype)
+
+
+RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+
+
+def squeeze(data: bytes, name: str = "brotli") -> bytes:
+    """Compress; `raw` leaves the bytes as they are."""
+    if name == "lzma":
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=RAW_LZMA)
+    if name == "zstd":
+        return import_zstd().ZstdCompressor(level=22).compress(data)
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24) if name == "brotli" else data
+
+
+def expand(data: bytes, name: str, most: int) -> bytes:
+    """Decompress at most so many bytes: nothing larger is ever held. Raises ValueError for anything else."""
+    readers = {"lzma": expand_lzma, "zstd": expand_zstd, "brotli": expand_brotli}
+    out = readers[name](data, most) if name else data
+    if len(out) > most:
+        raise ValueError(f"a stream that expands beyond the {most} bytes that its tensors have")
+    return out
+
+
+def expand_lzma(data: bytes, most: int) -> bytes:
+    try:
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=RAW_LZMA).decompress(data, most + 1)
+    except lzma.LZMAError as e:
+        raise ValueError(f"lzma: {e}") from e
+
+
+def expand_zstd(data: bytes, most: int) -> bytes:
+    zstandard = import_zstd()
+    try:
+        return zstandard.ZstdDecompressor().stream_reader(data).read(most + 1)
+    except zstandard.ZstdError as e:
+        raise ValueError(f"zstd: {e}") from e
+
+
+def expand_brotli(data: bytes, most: int) -> bytes:
+    """In pieces: brotli before 1.2 has no limit for its output."""
+    import brotli
+
+    reader, out = brotli.Decompressor(), []
+    try:
+        for at in range(0, len(data), 1 << 12):
+            out.append(reader.process(data[at : at + (1 << 12)]))
+            if sum(map(len, out)) > most:
+                break
+    except brotli.error as e:
+        raise ValueError(f"brotli: {e}") from e
+    if not reader.is_finished() and sum(map(len, out)) <= most:
+        raise ValueError("a compressed stream that does not end where it should")
+    return b"".join(out)
+
+
+def import_zstd() -> object:
+    try:
+        import zstandard
+    except ImportError as e:
+        raise UserError(
+            "COMPRESSOR=zstd wants the package zstandard: pip install zstandard, or choose another"
+        ) from e
+    return zstandard
+
+
+# Static rANS (Duda, 2013): states of 32 bits that give and take words of 16, many states in turn so that
+# numpy works on all at once. A symbol costs -log2 of its share in its class; shares of a class sum to 2^14.
+SHARE_BITS, STATE_LOW = 14, 1 << 16
+MOST_CLASSES = 64
+ENERGY_STEPS = 4  # classes to a doubling of the expected magnitude; 2 and 8 were worse on trained weights
+
+
+def lanes_for(count: int) -> int:
+    """States in turn: a power of two, one for 8,192 symbols or more, at most 2,048; each costs 2 bytes."""
+    return 1 << min(11, max(0, (count >> 13).bit_length() - 1))
+
+
+def to_shares(counts: np.ndarray) -> np.ndarray:
+    """(K,S) counts -> whole shares that sum to 2^14 in each class, none of a present symbol 0.
+
+    What rounding leaves over or short goes to the commonest symbol, where it costs least; a class
+    without symbols is all of symbol 0.
+    """
+    counts = counts + (counts.sum(1, keepdims=True) == 0) * (np.arange(counts.shape[1]) == 0)
+    exact = counts * ((1 << SHARE_BITS) / counts.sum(1, keepdims=True))
+    shares = np.maximum(np.rint(exact).astype(np.int64), counts > 0)
+    shares[np.arange(len(shares)), shares.argmax(1)] += (1 << SHARE_BITS) - shares.sum(1)
+    return shares
+
+
+def rans_encode(symbols: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> bytes:
+    """Symbols (N,) 0..S-1 in classes (N,) 0..K-1, by shares (K,S) -> final states, then words."""
+    lanes, width, words = lanes_for(len(symbols)), shares.shape[1], []
+    share, start = (t.astype(np.uint64).ravel() for t in (shares, np.cumsum(shares, 1) - shares))
+    state = np.full(lanes, STATE_LOW, np.uint64)
+    for at in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
+        index = classes[at : at + lanes] * np.intp(width) + symbols[at : at + lanes]
+        f, x = share[index], state[: len(index)]
+        full = x >= f << np.uint64(32 - SHARE_BITS)
+        words.append(x[full].astype("<u2"))
+        high, low = np.divmod(np.where(full, x >> np.uint64(16), x), f)
+        state[: len(index)] = (high << np.uint64(SHARE_BITS)) + low + start[index]
+    return state.astype("<u4").tobytes() + b"".join(word.tobytes() for word in reversed(words))
+
+
+def rans_decode(data: bytes, classes: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The symbols (N,). Raises ValueError unless every state comes back to where it began."""
+    count, width, mask = len(classes), shares.shape[1], np.uint32((1 << SHARE_BITS) - 1)
+    lanes = lanes_for(count)
+    if len(data) < 4 * lanes or len(data) % 2:
+        raise ValueError("an entropy-coded stream that is cut short")
+    state = np.frombuffer(data[: 4 * lanes], "<u4").copy()
+    words = np.pad(np.frombuffer(data[4 * lanes :], "<u2").astype(np.uint32), (0, lanes))
+    names = np.concatenate([np.repeat(np.arange(width, dtype=np.uint8), row) for row in shares])
+    share, start = (t.astype(np.uint32).ravel() for t in (shares, np.cumsum(shares, 1) - shares))
+    out, used = np.empty(count, np.uint8), 0
+    for at in range(0, count, lanes):
+        own = classes[at : at + lanes].astype(np.uint32)
+        x = state[: len(own)]
+        slot = x & mask
+        symbol = names[(own << np.uint32(SHARE_BITS)) + slot]
+        index = own * np.uint32(width) + symbol
+        x = share[index] * (x >> np.uint32(SHARE_BITS)) + slot - start[index]
+        short = np.flatnonzero(x < STATE_LOW)
+        x[short] = x[short] << np.uint32(16) | words[used : used + len(short)]
+        out[at : at + lanes], state[: len(own)], used = symbol, x, used + len(short)
+        if used > len(words) - lanes:
+            raise ValueError("an entropy-coded stream that is cut short")
+    if used != len(words) - lanes or (state != STATE_LOW).any():
+        raise ValueError("an entropy-coded stream that does not end where it should")
+    return out
+
+
+def energies(pool: Pool, along: tuple[str, ...]) -> np.ndarray:
+    """log2 of the mean |value| of each row and column named, in steps of a quarter, tensor after tensor.
+
+    With both, columns count from the mean of the tensor, so that the two add up to a magnitude.
+    """
+    found, at = [], 0
+    for plane in pool.planes:
+        size = np.abs(pool.values[at : at + plane.count].astype(np.float32)).reshape(plane.rows, plane.cols)
+        at += plane.count
+        rows, cols, whole = (np.log2(m + 1 / 64) for m in (size.mean(1), size.mean(0), size.mean()))
+        found += [rows] * ("rows" in along) + [cols - whole * ("rows" in along)] * ("cols" in along)
+    return np.rint(np.concatenate([*found, np.zeros(0)]) * ENERGY_STEPS).astype(np.int8)
+
+
+def energy_classes(levels: np.ndarray, planes: list[Plane], along: tuple[str, ...]) -> list[np.ndarray]:
+    """The class of each value of each tensor, (R*C,) int16, before the least one is made zero."""
+    found, at = [], 0
+    for plane in planes:
+        rows = levels[at : at + plane.rows * ("rows" in along)]
+        at += len(rows)
+        cols = levels[at : at + plane.cols * ("cols" in along)]
+        at += len(cols)
+        total = np.zeros((plane.rows, plane.cols), np.int16)
+        total += rows.astype(np.int16)[:, None] if len(rows) else np.int16(0)
+        found.append((total + (cols.astype(np.int16) if len(cols) else np.int16(0))).ravel())
+    return found
+
+
+class Rans(NamedTuple):
+    """What a decoder has to know besides the words."""
+
+    levels: np.ndarray  # (rows and columns,) int8
+    least: int  # class that becomes 0
+    shares: np.ndarray  # (K,S)
+
+    def classes(self, planes: list[Plane], along: tuple[str, ...]) -> np.ndarray:
+        found = np.concatenate(energy_classes(self.levels, planes, along))
+        return np.clip(found - self.least, 0, len(self.shares) - 1).astype(np.uint8)
+
+    def pack(self) -> bytes:
+        head = np.array([len(self.shares), self.least + 256], "<u2").tobytes()
+        side = squeeze(head + self.levels.tobytes() + self.shares.astype("<u2").tobytes())
+        return len(side).to_bytes(4, "little") + side
+
+
+def measure(pool: Pool, along: tuple[str, ...]) -> tuple[Rans, float]:
+    """Classes by the energy of rows and columns, their shares, and the bytes that both should take."""
+    levels = energies(pool, along)
+    parts, at, width = energy_classes(levels, pool.planes, along), 0, width_of(pool.planes)
+    least = min(int(part.min()) for part in parts)
+    top = min(max(int(part.max()) for part in parts) - least, MOST_CLASSES - 1)
+    counts = np.zeros(((top + 1) * width,), np.int64)
+    for part in parts:
+        symbols = pool.values[at : at + len(part)].astype(np.int64) - pool.planes[0].low
+        at += len(part)
+        counts += np.bincount(np.minimum(part - least, top) * width + symbols, minlength=len(counts))
+    rans = Rans(levels, least, to_shares(counts.reshape(-1, width)))
+    return rans, ideal_bytes(counts.reshape(-1, width)) + len(rans.pack())
+
+
+def width_of(planes: list[Plane]) -> int:
+    return planes[0].high - planes[0].low + 1
+
+
+def rans_pool(pool: Pool) -> tuple[str, bytes]:
+    """(coder, bytes) of the cheapest of four ways to sort values into classes."""
+    ways = [(), ("rows",), ("cols",), ("rows", "cols")]
+    rans, along = min(
+        (((*measure(pool, way), way)) for way in ways), key=lambda found: (found[1], len(found[2]))
+    )[::2]
+    symbols = (pool.values.astype(np.int16) - pool.planes[0].low).astype(np.uint8)
+    return "+".join(["rans", *along]), rans.pack() + rans_encode(
+        symbols, rans.classes(pool.planes, along), rans.shares
+    )
+
+
+def rans_unpool(data: bytes, planes: list[Plane], along: tuple[str, ...]) -> np.ndarray:
+    """The values. Raises ValueError unless shares and states are as an encoder leaves them."""
+    width, length = width_of(planes), int.from_bytes(data[:4], "little")
+    count = sum(p.rows * ("rows" in along) + p.cols * ("cols" in along) for p in planes)
+    side = expand(data[4 : 4 + length], "brotli", 4 + count + 2 * MOST_CLASSES * width)
+    classes, least = np.frombuffer(side[:4].ljust(4, b"\0"), "<u2").astype(int)
+    if not 0 < classes <= MOST_CLASSES or len(side) != 4 + count + 2 * classes * width:
+        raise ValueError("an entropy-coded stream whose tables have another size")
+    shares = np.frombuffer(side[4 + count :], "<u2").astype(np.int64).reshape(classes, width)
+    if (shares.sum(1) != 1 << SHARE_BITS).any():
+        raise ValueError("an entropy-coded stream whose shares do not add up")
+    rans = Rans(np.frombuffer(side[4 : 4 + count], np.int8), int(least) - 256, shares)
+    symbols = rans_decode(data[4 + length :], rans.classes(planes, along), shares)
+    return (symbols.astype(np.int16) + planes[0].low).astype(np.int8)
+
+
+class Coded(NamedTuple):
+    """A pool as bytes: by which coder, and what every coder that was tried would have taken."""
+
+    coder: str
+    data: bytes
+    tried: dict[str, int]
+
+
+def code_pool(pool: Pool, compressor: str) -> Coded:
+    """The smallest of the coders that COMPRESSOR allows; on a tie the first of them.
+
+    auto measures the entropy coder, and byte compressors where they may win: on small streams, which
+    tables burden, and on float16. On many small integers none came below the entropy coder.
+    """
+    plane, entropy = pool.planes[0], compressor in ("auto", "rans") and byte_wide(pool.planes[0])
+    small = pool.values.nbytes <= 1 << 16
+    names = {"auto": ["brotli", "lzma"], "rans": ["brotli"], "raw": [""]}.get(compressor, [compressor])
+    found = [rans_pool(pool)] if entropy else []
+    if not entropy or (small and compressor == "auto"):
+        forms = {form: to_form(pool.values, plane.low, form) for form in forms_of(plane)}
+        found += [(f"{form}+{n}".strip("+"), squeeze(data, n)) for n in names for form, data in forms.items()]
+    tried = {name: len(data) for name, data in found}
+    coder, data = min(found, key=lambda pair: len(pair[1]))
+    return Coded(coder, data, tried)
+
+
+def decode_pool(data: bytes, planes: list[Plane], coder: str) -> np.ndarray:
+    """The values of a pool. Raises ValueError, in words, for whatever no encoder would have written."""
+    head, *rest = coder.split("+")
+    if head == "rans" and byte_wide(planes[0]):
+        return rans_unpool(data, planes, tuple(rest))
+    if head not in forms_of(planes[0]) or rest not in ([], ["brotli"], ["lzma"], ["zstd"]):
+        raise ValueError(f"a coder {coder!r} that it cannot have")
+    count = sum(plane.count for plane in planes)
+    most = form_bytes(planes[0], count, head)
+    values = from_form(expand(bytes(data), "".join(rest), most), planes[0], count, head)
+    low, high = values.min(initial=0), values.max(initial=0)
+    if byte_wide(planes[0]) and not (planes[0].low <= low and high <= planes[0].high):
+        raise ValueError("integers beyond their range")
+    return values
+
+
+# ======================================================================================
+# 10. Layers -- the parts that blocks are made of
 # uses: Config Schedule Storage
 # ======================================================================================
 
@@ -1851,16 +2612,36 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def matrix_codec(cfg: Config) -> Codec:
-    return row_codec(cfg.export.matrix_bits, cfg)
+def matrix_tag(kind: str, cfg: Config) -> Tag:
+    """How the matrices of a mixer ("attn") or a feed-forward ("mlp") ship."""
+    sigmas = (cfg.gptq.attn_sigmas if kind == "attn" else cfg.gptq.mlp_sigmas) or cfg.gptq.matrix_sigmas
+    return Tag(pick_codec(cfg.export.matrix_codec, cfg.export.matrix_bits, sigmas, cfg), "muon", kind)
 
 
-def embed_codec(cfg: Config) -> Codec:
-    return row_codec(cfg.export.embed_bits, cfg)
+def embed_tag(optim: str, cfg: Config) -> Tag:
+    codec = pick_codec(cfg.export.embed_codec, cfg.export.embed_bits, cfg.gptq.embed_sigmas, cfg)
+    return Tag(codec, optim, "embed")
 
 
-def row_codec(bits: int, cfg: Config) -> Codec:
-    return Half() if bits == 16 else IntRow(bits, cfg.export.clip_percentile, cfg.export.scale_floor)
+def pick_codec(name: str, bits: int, sigmas: float, cfg: Config) -> Codec:
+    if name == "ternary":
+        return Ternary(cfg.export.ternary_group, cfg.export.ternary_step)
+    if name == "fp8":
+        return Fp8()
+    if name == "fp4":
+        return Fp4()
+    return Half() if bits == 16 else IntRow(bits, sigmas, cfg.export.clip_percentile, cfg.export.scale_floor)
+
+
+class Tap:
+    """What a matrix sees: the sum of x x' over its inputs, in float32 (Frantar et al., 2022: the Hessian)."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, device=device)
+
+    def add(self, x: Tensor) -> None:  # (..., width)
+        rows = x.detach().flatten(0, -2).float()
+        self.total.addmm_(rows.T, rows)
 
 
 class Proj(nn.Module):
@@ -1874,13 +2655,15 @@ class Proj(nn.Module):
         super().__init__()
         start = torch.zeros(n_out, n_in)
         self.weight = nn.Parameter(start if zero else start.uniform_(-(n_in**-0.5), n_in**-0.5))
-        self.tags = {"weight": tag}
+        self.tags, self.tap = {"weight": tag}, None
 
     def effective(self, phase: Phase) -> Tensor:
         """(n_out, n_in): the weight, or what the artifact will hold of it."""
         return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
 
     def forward(self, x: Tensor, phase: Phase) -> Tensor:  # (..., n_in) -> (..., n_out)
+        if self.tap is not None:  # calibration; a forward hook would be ignored once compiled
+            self.tap.add(x)
         return F.linear(x, self.effective(phase).to(x.dtype))
 
 
@@ -1891,7 +2674,7 @@ class Embed(nn.Module):
         super().__init__()
         std = cfg.model.embed_std if cfg.model.tied else 1.0
         self.weight = nn.Parameter(torch.empty(cfg.model.vocab, cfg.model.dim).normal_(0.0, std))
-        self.tags, self.dtype = {"weight": Tag(embed_codec(cfg), "embed")}, dtype
+        self.tags, self.dtype = {"weight": embed_tag("embed", cfg)}, dtype
 
     def effective(self, phase: Phase) -> Tensor:
         return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
@@ -1919,7 +2702,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # ======================================================================================
-# 10. Mixers -- tokens meet here
+# 11. Mixers -- tokens meet here
 # uses: Config Storage Layers
 # ======================================================================================
 
@@ -1930,7 +2713,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config, attend: Callable) -> None:
         super().__init__()
         self.cfg, self.attend = cfg, attend
-        width, tag = cfg.model.head_dim, Tag(matrix_codec(cfg), "muon")
+        width, tag = cfg.model.head_dim, matrix_tag("attn", cfg)
         self.c_q = Proj(cfg.model.dim, cfg.model.heads * width, tag)
         self.c_k = Proj(cfg.model.dim, cfg.model.kv_heads * width, tag)
         self.c_v = Proj(cfg.model.dim, cfg.model.kv_heads * width, tag)
@@ -1953,8 +2736,8 @@ def make_mixer(cfg: Config, layer: int, attend: Callable) -> nn.Module:
 
 
 # ======================================================================================
-# 11. Feed-forward -- each token by itself
-# uses: Config Storage Layers
+# 12. Feed-forward -- each token by itself
+# uses: Config Layers
 # ======================================================================================
 
 
@@ -1963,7 +2746,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        tag = Tag(matrix_codec(cfg), "muon")
+        tag = matrix_tag("mlp", cfg)
         self.fc = Proj(cfg.model.dim, cfg.model.hidden, tag)
         self.proj = Proj(cfg.model.hidden, cfg.model.dim, tag, zero=True)
 
@@ -1977,7 +2760,7 @@ def make_ffn(cfg: Config, layer: int) -> nn.Module:
 
 
 # ======================================================================================
-# 12. Model -- one forward for training, validation, evaluation and whoever comes later
+# 13. Model -- one forward for training, validation, evaluation and whoever comes later
 # uses: Config Schedule World Kernels Storage Layers Mixers Feed-forward
 # ======================================================================================
 
@@ -2036,7 +2819,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model.dim))
         self.tags = {"skip_weights": Tag(Half(), "scalar")}
         if not cfg.model.tied:
-            self.head = Proj(cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head"), zero=True)
+            self.head = Proj(cfg.model.dim, cfg.model.vocab, embed_tag("head", cfg), zero=True)
 
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
@@ -2197,7 +2980,7 @@ def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -
 
 
 # ======================================================================================
-# 13. Objective -- weighted sum of losses by name
+# 14. Objective -- weighted sum of losses by name
 # uses: Config Data Layers Model Schedule
 # ======================================================================================
 
@@ -2216,7 +2999,7 @@ def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tens
 
 
 # ======================================================================================
-# 14. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
+# 15. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
 # uses: Config Schedule World Model
 # ======================================================================================
 
@@ -2390,7 +3173,7 @@ def clip_gradients(model: GPT, norm: Tensor, limit: float) -> None:
 
 
 # ======================================================================================
-# 15. Checkpoint -- two generations, each complete or absent; nothing is unpickled
+# 16. Checkpoint -- two generations, each complete or absent; nothing is unpickled
 # uses: Config Journal Storage
 # ======================================================================================
 
@@ -2529,8 +3312,64 @@ def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
 
 
 # ======================================================================================
-# 16. Train -- under rank 0's clock, and never past it
-# uses: Config Schedule World Clock Data Model Objective Optimizer Checkpoint
+# 17. Calibrate -- what every matrix sees, from training text, inside the training clock
+# uses: Config Schedule World Clock Data Storage Layers Model
+# ======================================================================================
+
+
+@contextlib.contextmanager
+def tapped(model: GPT) -> Generator[dict[str, Tap]]:
+    """Taps on all projections with integer codecs, by parameter name; the model runs uncompiled meanwhile."""
+    projs = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, Proj)}
+    projs = {name: m for name, m in projs.items() if isinstance(m.tags["weight"].codec, IntRow)}
+    for proj in projs.values():
+        proj.tap = Tap(proj.weight.shape[1], proj.weight.device)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a graph of its own would cost more than it saves
+            yield {name: proj.tap for name, proj in projs.items()}
+    finally:
+        for proj in projs.values():
+            proj.tap = None
+
+
+@torch.no_grad()
+def gather_hessians(model: GPT, loader: Loader, step: int, cfg: Config, world: World) -> dict[str, Tensor]:
+    """Parameter name -> sum of x x' over the inputs of its matrix, (C,C) float32, the same on every rank.
+
+    Reads the GPTQ_CALIBRATION_BATCHES spans that training would have read next, so no rank count
+    changes the sum but for its rounding; looped layers add up all their visits. The head sees the
+    final hidden states.
+    """
+    head = Tap(cfg.model.dim, world.device)
+    model.eval()
+    with tapped(model) as taps:
+        for k in range(world.rank, cfg.gptq.batches, world.size):
+            span = loader.spans.span(step + k // cfg.data.spans, k % cfg.data.spans)
+            batch = to_device(loader.batch([span]), world)
+            head.add(model.hidden(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))).y)
+            world.journal.beat()
+    model.train()
+    taps = {name: tap for name, tap in taps.items() if name != "head.weight"}
+    taps["embed.weight" if cfg.model.tied else "head.weight"] = head
+    return {name: world.sum_(tap.total) for name, tap in taps.items()}
+
+
+def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> float:
+    """Seconds of the cap that calibration will take, the same on every rank: the second of two passes."""
+    if cfg.gptq.reserve > 0:
+        return cfg.gptq.reserve
+    for _ in range(2):
+        world.synchronize()
+        begin = time.perf_counter()
+        gather_hessians(model, loader, 0, cfg, world)
+        world.synchronize()
+        took = time.perf_counter() - begin
+    return max(world.gather(took)) * Clock.SAFETY
+
+
+# ======================================================================================
+# 18. Train -- under rank 0's clock, and never past it
+# uses: Config Schedule World Clock Data Model Objective Optimizer Checkpoint Calibrate
 # ======================================================================================
 
 
@@ -2671,7 +3510,8 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     meta = found.meta
     t.restore(found.tensors)
     t.state = TrainState(meta["step"], meta["skipped"], True, meta["finished"])
-    t.clock = Clock(t.cfg, t.world, meta["seconds"])
+    reserve, t.clock = t.clock.reserve, Clock(t.cfg, t.world, meta["seconds"])
+    t.clock.keep(reserve)
     t.clock.remember(meta["pace"])
     for name, seconds in meta["ledger"].items():
         t.world.journal.ledger[name] = t.world.journal.ledger.get(name, 0.0) + seconds
@@ -2702,7 +3542,7 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
             with t.clock.paused():
                 save(t)
                 t.clock.saved = t.clock.now()
-        take_step(t, Progress(t.state.step, heard.seconds))
+        take_step(t, Progress(t.state.step, heard.seconds, t.clock.reserve))
         if t.cfg.run.val_every and t.state.step % t.cfg.run.val_every == 0:
             with t.clock.paused():
                 flush_reports(t, keep=0)
@@ -2716,6 +3556,20 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
             f"stopping_early: wallclock_cap train_time:{t.clock.spent * 1000:.0f}ms "
             f"step:{t.state.step}/{t.cfg.budget.iterations}"
         )
+
+
+def calibrate(t: Trainer) -> dict[str, Tensor]:
+    """Hessians of the weights that ship, gathered on the training clock, in the time kept for it."""
+    t.clock.start()
+    hessians = gather_hessians(t.model, t.loader, t.state.step, t.cfg, t.world)
+    t.world.synchronize()
+    t.clock.stop()
+    t.world.log(
+        f"calibration: spans:{t.cfg.gptq.batches} tokens:{t.cfg.gptq.batches * t.cfg.data.span} "
+        f"matrices:{len(hessians)} reserve:{t.clock.reserve * 1000:.0f}ms "
+        f"train_time:{t.clock.spent * 1000:.0f}ms"
+    )
+    return hessians
 
 
 def take_step(t: Trainer, now: Progress) -> None:
@@ -2767,13 +3621,13 @@ def report(t: Trainer, r: Report) -> None:
 
 
 # ======================================================================================
-# 17. Export -- every parameter ships as its tag says, in one file that explains itself
-# uses: Config Journal World Storage Model
+# 19. Export -- every parameter ships as its tag says, in one file that explains itself
+# uses: Config Journal World Storage Coding Model
 # ======================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
-SHAPE_SECTIONS = ("model", "loop", "export")  # whose knobs decide the forward, with the three below
-SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING")
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
+SHAPE_SECTIONS = ("model", "loop", "export")  # whose knobs decide the forward, with the four below
+SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
 
 class Artifact(NamedTuple):
@@ -2810,43 +3664,136 @@ def by_kind(name: str) -> tuple[str, list[int]]:
     return ".".join(p for p in parts if not p.isdigit()), [int(p) for p in parts if p.isdigit()]
 
 
-def squeeze(data: bytes) -> bytes:
-    import brotli
+class Shipment(NamedTuple):
+    """An artifact, and what it was put together from."""
 
-    return brotli.compress(data, quality=11, lgwin=24)
+    blob: bytes
+    rows: list[list]  # [name, codec, shape] of every tensor, in order
+    streams: dict[str, Streams]  # by tensor
+    planes: dict[str, dict[str, Plane]]  # by tensor
+    coded: dict[str, Coded]  # by kind of stream
 
 
-def export(model: GPT, cfg: Config) -> bytes:
-    """The artifact: deterministic bytes. Streams of one kind stand together and are compressed as one."""
-    tags, params = param_tags(model), dict(model.named_parameters())
-    rows, pools = tensor_rows(params, tags), {}
-    for name, _, _ in rows:
-        codec = tags[name].codec
-        for stream, values in codec.encode(params[name]).items():
-            pools.setdefault(f"{codec.name}.{stream}", []).append(values.tobytes())
-    raw = {kind: b"".join(parts) for kind, parts in sorted(pools.items())}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed_streams = dict(zip(raw, pool.map(squeeze, raw.values()), strict=True))
+def export(
+    model: GPT, cfg: Config, tags: dict[str, Tag] | None = None, hessians: dict[str, Tensor] | None = None
+) -> Shipment:
+    """Encode every tensor, pool the streams of a kind, code each pool: deterministic bytes.
+
+    Without `tags` each parameter ships by its own; matrices with a Hessian are rounded by GPTQ.
+    """
+    tags, hessians, params = tags or param_tags(model), hessians or {}, dict(model.named_parameters())
+    rows = tensor_rows(params, tags)
+    streams = {n: tags[n].codec.encode(params[n].detach(), hessians.get(n)) for n, _, _ in rows}
+    planes = {n: tags[n].codec.planes(tuple(dims)) for n, _, dims in rows}
+    values: dict[str, list[np.ndarray]] = {}
+    for name in streams:
+        for kind, part in streams[name].items():
+            values.setdefault(kind, []).append(part)
+    pools = {k: Pool(parts, np.concatenate(values[k])) for k, parts in pool_planes(planes).items()}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        coded = threads.map(lambda pool: code_pool(pool, cfg.size.compressor), pools.values())
+        coded = dict(zip(pools, coded, strict=True))
     header = {
         "knobs": shape_knobs(cfg),
         "config_hash": config_hash(cfg),
         "tensors": rows,
-        "streams": [[kind, len(raw[kind]), len(packed_streams[kind])] for kind in raw],
+        "streams": [[kind, c.coder, len(c.data)] for kind, c in coded.items()],
     }
-    return pack_container(
-        ARTIFACT_MAGIC,
-        ARTIFACT_VERSION,
-        squeeze(json.dumps(header).encode()),
-        b"".join(packed_streams.values()),
-    )
+    header, payload = squeeze(json.dumps(header).encode()), b"".join(c.data for c in coded.values())
+    blob = pack_container(ARTIFACT_MAGIC, ARTIFACT_VERSION, header, payload)
+    return Shipment(blob, rows, streams, planes, coded)
 
 
-def ship(model: GPT, cfg: Config, world: World) -> bytes:
-    """Write model.ptz and return what is on the disk."""
-    write_atomic(world.run_dir / "model.ptz", export(model, cfg))
+def pool_planes(planes: dict[str, dict[str, Plane]]) -> dict[str, list[Plane]]:
+    """Kind of stream -> its parts, tensor after tensor; kinds in the order of the alphabet."""
+    pools: dict[str, list[Plane]] = {}
+    for found in planes.values():
+        for kind, plane in found.items():
+            pools.setdefault(kind, []).append(plane)
+    return dict(sorted(pools.items()))
+
+
+def corrected(model: GPT, tags: dict[str, Tag], hessians: dict[str, Tensor], cfg: Config) -> dict[str, Tag]:
+    """The tags, the LQER_TOP_K integer matrices with the largest error under a low-rank correction."""
+    errors, params = {}, dict(model.named_parameters())
+    for name, tag in tags.items():
+        if isinstance(tag.codec, IntRow):
+            w = params[name].detach()
+            held = tag.codec.decode(tag.codec.encode(w, hessians.get(name)), tuple(w.shape))
+            errors[name] = float((w.cpu() - held).norm())
+    group = cfg.gptq.lqer_group if cfg.gptq.lqer_asym else 0
+    worst = sorted(errors, key=lambda name: (-errors[name], name))[: cfg.gptq.lqer_top]
+    codecs = {n: LowRank(tags[n].codec, cfg.gptq.lqer_rank, group, cfg.gptq.lqer_bits) for n in worst}
+    return tags | {name: dataclasses.replace(tags[name], codec=codec) for name, codec in codecs.items()}
+
+
+def lowered(tags: dict[str, Tag], name: str, value: float) -> dict[str, Tag]:
+    """One rung down: integer codecs of the kinds that a knob of SIZE_LADDER names, with its value."""
+    kinds, field_name = LADDER[name]
+    return {
+        n: dataclasses.replace(tag, codec=dataclasses.replace(tag.codec, **{field_name: value}))
+        if tag.kind in kinds and isinstance(tag.codec, IntRow)
+        else tag
+        for n, tag in tags.items()
+    }
+
+
+def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
+    """Write model.ptz, as far down SIZE_LADDER as the limit demands, and return what is on the disk."""
+    tags, correcting, code = param_tags(model), cfg.gptq.lqer, cfg.size.code_bytes or code_bytes
+    for name, value in [("", 0.0), *ladder_rungs(cfg.size.ladder)]:
+        tags, correcting = lowered(tags, name, value) if name else tags, correcting and name != "LQER_ENABLED"
+        final = corrected(model, tags, hessians, cfg) if correcting else tags
+        shipment = export(model, cfg, final, hessians)
+        left = SIZE_LIMIT - code - len(shipment.blob)
+        world.log(
+            f"size_ladder: {f'{name}={value}' if name else 'as configured'} weights:{len(shipment.blob)} "
+            f"code:{code} left:{left}"
+        )
+        if left >= 0:
+            break
+    write_atomic(world.run_dir / "model.ptz", shipment.blob)
+    table = byte_table(shipment)
+    write_atomic(world.run_dir / "bytes.json", json.dumps(table, indent=1).encode())
+    for row in table["tensors"]:
+        world.journal.log(
+            f"tensor:{row['name']} codec:{row['codec']} params:{row['params']} bits:{row['bits']:.3f} "
+            f"entropy_bytes:{row['entropy_bytes']} bytes:{row['bytes']} share:{row['share']:.4f}",
+            file_only=True,
+        )
     blob = (world.run_dir / "model.ptz").read_bytes()
     world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
     return blob
+
+
+def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
+    """Where the bytes are, by stream and by tensor.
+
+    A tensor's bytes are its share of each of its streams, by order-0 entropy; the entropy is its own.
+    """
+    own = {
+        name: {kind: entropy_bytes(shipment.planes[name][kind], part) for kind, part in streams.items()}
+        for name, streams in shipment.streams.items()
+    }
+    whole = {kind: sum(found.get(kind, 0.0) for found in own.values()) or 1.0 for kind in shipment.coded}
+    rows = []
+    for name, codec, dims in shipment.rows:
+        size = sum(len(shipment.coded[k].data) * part / whole[k] for k, part in own[name].items())
+        row = {"name": name, "codec": codec, "params": math.prod(dims), "bits": 8 * size / math.prod(dims)}
+        row |= {"entropy_bytes": round(sum(own[name].values())), "bytes": round(size)}
+        rows.append(row | {"share": size / len(shipment.blob)})
+    counts = {k: sum(p.count for p in parts) for k, parts in pool_planes(shipment.planes).items()}
+    kinds = [
+        {
+            "kind": kind,
+            "coder": c.coder,
+            "values": counts[kind],
+            "bits": 8 * len(c.data) / max(counts[kind], 1),
+        }
+        | {"entropy_bytes": round(whole[kind]), "bytes": len(c.data), "tried": c.tried}
+        for kind, c in shipment.coded.items()
+    ]
+    return {"tensors": rows, "streams": kinds}
 
 
 def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
@@ -2874,35 +3821,49 @@ def well_formed(header: object) -> bool:
         and all(env in shapes and isinstance(text, str) for env, text in knobs.items())
         and isinstance(header["config_hash"], str)
         and isinstance(rows, list)
-        and all(isinstance(row, list) and [type(x) for x in row] == [str, int, int] for row in rows)
+        and all(isinstance(row, list) and [type(x) for x in row] == [str, str, int] for row in rows)
     )
 
 
 def open_artifact(blob: bytes, cfg: Config, world: World, what: str) -> Artifact:
-    """Decode every tensor with the codecs of `cfg`. Raises UserError where file and model do not agree."""
+    """Decode every tensor by the codec that the file names. Raises UserError where it is another model's."""
     header, payload = read_artifact_header(blob, what)
     shape = empty_model(cfg, world)
     params, tags = dict(shape.named_parameters()), param_tags(shape)
     rows = tensor_rows(params, tags)
-    if header["tensors"] != rows:
-        there, here = by_name(header["tensors"]), by_name(rows)
-        name = next(
-            (n for n in sorted({*there, *here}) if there.get(n) != here.get(n)), "the order of tensors"
-        )
+    there, here = by_name(header["tensors"]), by_name(rows)
+    codecs = {name: codec_of(tags[name].codec, there.get(name), here[name], cfg) for name in here}
+    if list(there) != list(here) or None in codecs.values():
+        odd = [n for n in sorted({*there, *here}) if n not in here or codecs[n] is None]
+        name = next(iter(odd), "the order of tensors")
         raise UserError(
             f"{what} belongs to another model: {name} is {there.get(name)} there and {here.get(name)} here"
         )
-    streams, tensors = unsqueeze(header["streams"], payload, what), {}
+    planes = {name: codecs[name].planes(tuple(dims)) for name, _, dims in rows}
+    streams, tensors = unpool(header["streams"], payload, pool_planes(planes), what), {}
     for name, _, dims in rows:
-        codec, parts = tags[name].codec, {}
-        for stream, (dtype, count) in codec.sizes(tuple(dims)).items():
-            kind, size = f"{codec.name}.{stream}", count * np.dtype(dtype).itemsize
-            left = streams.get(kind, memoryview(b""))
-            if len(left) < size:
-                raise UserError(f"{what} is short of {kind} for {name}; export it again")
-            parts[stream], streams[kind] = np.frombuffer(left[:size], dtype), left[size:]
-        tensors[name] = codec.decode(parts, tuple(dims))
+        parts = {}
+        for kind, plane in planes[name].items():
+            parts[kind], streams[kind] = streams[kind][: plane.count], streams[kind][plane.count :]
+        tensors[name] = codecs[name].decode(parts, tuple(dims))
     return Artifact(header["knobs"], header["config_hash"], tensors)
+
+
+CODEC_NAME = re.compile(r"int([2-8])(?:\+lqer([1-9]\d{0,2})g(\d{1,5})b([2-8]))?")
+
+
+def codec_of(own: Codec, there: object, here: list, cfg: Config) -> Codec | None:
+    """The codec that an artifact's row names, or None: the configuration's own, or what SIZE_LADDER and
+    LQER may make of it, integers of other bits, perhaps corrected."""
+    if there == here:
+        return own
+    if not isinstance(there, list) or len(there) != 2 or there[1] != here[1] or not isinstance(own, IntRow):
+        return None
+    found = CODEC_NAME.fullmatch(str(there[0]))
+    if not found or (found[2] and not cfg.gptq.lqer):
+        return None
+    base = IntRow(int(found[1]))
+    return LowRank(base, int(found[2]), int(found[3]), int(found[4])) if found[2] else base
 
 
 def by_name(rows: object) -> dict[str, list]:
@@ -2916,22 +3877,22 @@ def tensor_rows(params: dict[str, nn.Parameter], tags: dict[str, Tag]) -> list[l
     return [[n, tags[n].codec.name, list(params[n].shape)] for n in sorted(params, key=by_kind)]
 
 
-def unsqueeze(rows: list[list], payload: memoryview, what: str) -> dict[str, memoryview]:
-    """Streams by kind, decompressed. Raises UserError where sizes are not as the header says."""
-    import brotli
-
-    streams, at = {}, 0
-    for kind, raw, size in rows:
+def unpool(
+    rows: list[list], payload: memoryview, pools: dict[str, list[Plane]], what: str
+) -> dict[str, np.ndarray]:
+    """Values of every pool. Raises UserError unless the file holds these pools and nothing else."""
+    if [kind for kind, _, _ in rows] != list(pools) or sum(size for _, _, size in rows) != len(payload):
+        raise UserError(f"{what} does not hold the streams of its tensors; export it again")
+    found, at = {}, 0
+    for kind, coder, size in rows:
         try:
-            streams[kind] = memoryview(brotli.decompress(bytes(payload[at : at + max(size, 0)])))
-        except brotli.error as e:
-            raise UserError(f"{what} has a stream {kind} that cannot be decompressed; export it again") from e
-        if len(streams[kind]) != raw:
-            raise UserError(
-                f"{what} has a stream {kind} of another size than its header says; export it again"
-            )
-        at += max(size, 0)
-    return streams
+            if size < 0:
+                raise ValueError("a length below zero")
+            found[kind] = decode_pool(bytes(payload[at : at + size]), pools[kind], coder)
+        except ValueError as e:
+            raise UserError(f"{what} has a stream {kind} that cannot be decoded: {e}; export it again") from e
+        at += size
+    return found
 
 
 def load(blob: bytes, cfg: Config, world: World, what: str) -> GPT:
@@ -2968,13 +3929,46 @@ def predicted_bytes(cfg: Config, world: World) -> int:
     return int(sum(tag.codec.bits(tuple(params[name].shape)) for name, tag in param_tags(shape).items()) / 8)
 
 
+LEAST_SHARE = 0.85  # of the forecast: no trained model compressed better than 0.9 of it (bench/artifact.md)
+
+
+def refuse_hopeless_size(expected: int, cfg: Config) -> None:
+    """Raise UserError before the first step where even a lucky artifact is over, and nothing may give way."""
+    if LEAST_SHARE * expected > SIZE_LIMIT and not cfg.size.ladder:
+        raise UserError(
+            f"the artifact will take about {expected:,} bytes, at least {LEAST_SHARE * expected:,.0f}, and "
+            f"the limit is {SIZE_LIMIT:,}; lower MATRIX_BITS, EMBED_BITS, NUM_LAYERS or MODEL_DIM, or give a "
+            f"SIZE_LADDER"
+        )
+
+
+def log_forecast(model: GPT, code_bytes: int, cfg: Config, world: World) -> None:
+    """The size that the weights would have now: order-0 entropy of every stream, rounded to nearest."""
+    if not world.main:
+        return
+    tags, total = param_tags(model), 0.0
+    for name, p in model.named_parameters():
+        planes = tags[name].codec.planes(tuple(p.shape))
+        streams = tags[name].codec.encode(p.detach())
+        total += sum(entropy_bytes(planes[kind], part) for kind, part in streams.items())
+    code = cfg.size.code_bytes or code_bytes
+    world.log(f"size_forecast: weights:{total:.0f} code:{code} left:{SIZE_LIMIT - code - total:.0f}")
+
+
+def coder_word(cfg: Config) -> str:
+    """What compresses most of the artifact, for log lines and score tags."""
+    return "rans" if cfg.size.compressor == "auto" else cfg.size.compressor
+
+
 def scheme(cfg: Config) -> str:
-    """The artifact's codec in score tags: int8_brotli, int6_brotli, float16_brotli."""
-    return {16: "float16"}.get(cfg.export.matrix_bits, f"int{cfg.export.matrix_bits}") + "_brotli"
+    """The artifact's codec in score tags: int6_rans, ternary_rans, float16_brotli."""
+    integer = "float16" if cfg.export.matrix_bits == 16 else f"int{cfg.export.matrix_bits}"
+    codec = integer if cfg.export.matrix_codec == "int" else cfg.export.matrix_codec
+    return f"{codec}_{coder_word(cfg)}"
 
 
 # ======================================================================================
-# 18. Evaluate -- every target exactly once; bits per byte
+# 20. Evaluate -- every target exactly once; bits per byte
 # uses: Config Schedule Journal World Data Kernels Layers Model Export
 # ======================================================================================
 
@@ -3134,7 +4128,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, cfg: Config, world: World) -> 
 
 
 # ======================================================================================
-# 19. Report -- what a run says of itself: log header, forecast, results.json, last table
+# 21. Report -- what a run says of itself: log header, forecast, results.json, last table
 # uses: Config Journal World Data Model Train Export Evaluate
 # ======================================================================================
 
@@ -3211,25 +4205,26 @@ def log_plan(model: GPT, cfg: Config, world: World) -> None:
         f"head_lr:{0.0 if cfg.model.tied else cfg.optim.head_lr} matrix_lr:{cfg.optim.matrix_lr} "
         f"scalar_lr:{cfg.optim.scalar_lr}"
     )
+    expected = predicted_bytes(cfg, world)
+    refuse_hopeless_size(expected, cfg)
     world.log(
-        f"forecast: params:{count} artifact_bytes:{predicted_bytes(cfg, world)} of {SIZE_LIMIT} "
+        f"forecast: params:{count} artifact_bytes:{expected} of {SIZE_LIMIT} "
         f"peak_tensor_memory:{(held + kept) / 2**20:.0f} MiB (weights and moments {held / 2**20:.0f}, "
         f"kept activations {kept / 2**20:.0f})"
     )
 
 
-def log_sizes(blob: bytes, facts: Facts, world: World) -> None:
-    total = facts.code_bytes + len(blob)
-    header = read_artifact_header(blob, "the artifact")[0]
-    for kind, raw, size in header["streams"]:
-        world.log(f"stream:{kind} raw:{raw} bytes compressed:{size} bytes")
+def log_sizes(blob: bytes, facts: Facts, cfg: Config, world: World) -> None:
+    total, word = facts.code_bytes + len(blob), coder_word(cfg)
+    for kind, coder, size in read_artifact_header(blob, "the artifact")[0]["streams"]:
+        world.log(f"stream:{kind} coder:{coder} compressed:{size} bytes")
     world.log(f"Code size: {facts.code_bytes} bytes")
-    world.log(f"Serialized model quantized+brotli: {len(blob)} bytes")
-    world.log(f"Total submission size quantized+brotli: {total} bytes")
+    world.log(f"Serialized model quantized+{word}: {len(blob)} bytes")
+    world.log(f"Total submission size quantized+{word}: {total} bytes")
     if total > SIZE_LIMIT:
         world.log(
-            f"over_budget: {total - SIZE_LIMIT} bytes above {SIZE_LIMIT}; lower MATRIX_BITS, EMBED_BITS, or "
-            f"train a smaller model"
+            f"over_budget: {total - SIZE_LIMIT} bytes above {SIZE_LIMIT}; give SIZE_LADDER more rungs, lower "
+            f"MATRIX_BITS or EMBED_BITS, or train a smaller model"
         )
 
 
@@ -3324,8 +4319,8 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 
 # ======================================================================================
-# 20. Main -- the story on one page
-# uses: Config Schedule Journal World Clock Data Model Checkpoint Train Export Evaluate Report
+# 22. Main -- the story on one page
+# uses: Config Schedule Journal World Clock Data Model Checkpoint Calibrate Train Export Evaluate Report
 # ======================================================================================
 
 
@@ -3357,6 +4352,8 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     with world.journal.phase("warmup"):
         warm_up(t)
         warm_evaluation(model, tokenizer.bos, cfg, world)
+        if cfg.gptq.on:
+            t.clock.keep(measured_reserve(model, loader, cfg, world))
     if found:
         resume(t, found)
     return t
@@ -3377,20 +4374,24 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
             * score.partial
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
+        log_forecast(t.model, facts.code_bytes, cfg, world)
 
     with stop_on_signal(t.clock), world.journal.phase("train"):
         train(t, validate)
         save(t)
         asked = any(world.gather(t.clock.interrupted))  # also in the last step, also on another rank
     world.journal.close_bar()
-    t.loader.close()
     if asked or not t.state.finished:
+        t.loader.close()
         world.log(f"interrupted: saved at step {t.state.step}; RESUME=1 RUN_DIR={world.run_dir} continues")
         return None
     t.average.ship()
+    with world.journal.phase("calibrate"):
+        hessians = calibrate(t) if cfg.gptq.on else {}
+    t.loader.close()
     with world.journal.phase("export"):
-        blob = world.share(lambda: ship(t.model, cfg, world))
-    log_sizes(blob, facts, world)
+        blob = world.share(lambda: ship(t.model, hessians, facts.code_bytes, cfg, world))
+    log_sizes(blob, facts, cfg, world)
     return blob
 
 
@@ -3401,7 +4402,7 @@ def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) ->
     world.share(lambda: world.journal.begin(cfg.run.overwrite))
     blob = Path(what).read_bytes()
     log_header(facts, cfg, world)
-    log_sizes(blob, facts, world)
+    log_sizes(blob, facts, cfg, world)
     if cfg.run.sample:
         world = dataclasses.replace(world, compiling=False)  # every length would be a graph of its own
         world.log(sample_text(load(blob, cfg, world, str(what)), tokenizer, cfg, world))

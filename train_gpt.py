@@ -2293,12 +2293,13 @@ def form_bytes(plane: Plane, count: int, form: str) -> int:
 
 def from_form(data: bytes, plane: Plane, count: int, form: str) -> np.ndarray:
     """What to_form was given. Raises ValueError where the bytes are not of that length."""
-    raw = np.frombuffer(data, np.uint8)
+    raw, head = np.frombuffer(data, np.uint8), -(-count // 8)
     if form == "mask":
-        on = np.unpackbits(raw[: -(-count // 8)], count=count).astype(bool)
-        signs = np.unpackbits(raw[-(-count // 8) :], count=int(on.sum()))
+        on = np.unpackbits(raw[:head], count=count).astype(bool)
+        if len(raw) != head + -(-int(on.sum()) // 8):
+            raise ValueError(f"{len(raw)} bytes for a mask of {count} values")
         values = np.zeros(count, np.int8)
-        values[on] = 1 - 2 * signs.astype(np.int8)
+        values[on] = 1 - 2 * np.unpackbits(raw[head:], count=int(on.sum())).astype(np.int8)
         return values
     if len(raw) != form_bytes(plane, count, form):
         raise ValueError(f"{len(raw)} bytes for {count} values in the form {form}")
@@ -2506,16 +2507,17 @@ def width_of(planes: list[Plane]) -> int:
     return planes[0].high - planes[0].low + 1
 
 
+WAYS = ((), ("rows",), ("cols",), ("rows", "cols"))  # whose energy may sort values into classes
+
+
 def rans_pool(pool: Pool) -> tuple[str, bytes]:
-    """(coder, bytes) of the cheapest of four ways to sort values into classes."""
-    ways = [(), ("rows",), ("cols",), ("rows", "cols")]
-    rans, along = min(
-        (((*measure(pool, way), way)) for way in ways), key=lambda found: (found[1], len(found[2]))
-    )[::2]
+    """(coder, bytes) by the cheapest of the four ways to sort values into classes."""
+    found = {along: measure(pool, along) for along in WAYS}
+    along = min(found, key=lambda way: (found[way][1], len(way)))
+    rans = found[along][0]
     symbols = (pool.values.astype(np.int16) - pool.planes[0].low).astype(np.uint8)
-    return "+".join(["rans", *along]), rans.pack() + rans_encode(
-        symbols, rans.classes(pool.planes, along), rans.shares
-    )
+    words = rans_encode(symbols, rans.classes(pool.planes, along), rans.shares)
+    return "+".join(["rans", *along]), rans.pack() + words
 
 
 def rans_unpool(data: bytes, planes: list[Plane], along: tuple[str, ...]) -> np.ndarray:
@@ -2563,7 +2565,7 @@ def code_pool(pool: Pool, compressor: str) -> Coded:
 def decode_pool(data: bytes, planes: list[Plane], coder: str) -> np.ndarray:
     """The values of a pool. Raises ValueError, in words, for whatever no encoder would have written."""
     head, *rest = coder.split("+")
-    if head == "rans" and byte_wide(planes[0]):
+    if head == "rans" and byte_wide(planes[0]) and tuple(rest) in WAYS:
         return rans_unpool(data, planes, tuple(rest))
     if head not in forms_of(planes[0]) or rest not in ([], ["brotli"], ["lzma"], ["zstd"]):
         raise ValueError(f"a coder {coder!r} that it cannot have")
@@ -3922,23 +3924,26 @@ def artifact_env(path: Path, env: dict[str, str]) -> dict[str, str]:
     return {**knobs, **env}
 
 
-def predicted_bytes(cfg: Config, world: World) -> int:
-    """Artifact size expected before training, from the codecs' own estimates."""
+def predicted_bytes(cfg: Config, world: World, bottom: bool = False) -> int:
+    """Artifact size expected before training, from the codecs' own estimates; or at the ladder's bottom."""
     shape = empty_model(cfg, world)
-    params = dict(shape.named_parameters())
-    return int(sum(tag.codec.bits(tuple(params[name].shape)) for name, tag in param_tags(shape).items()) / 8)
+    params, tags = dict(shape.named_parameters()), param_tags(shape)
+    for name, value in ladder_rungs(cfg.size.ladder) if bottom else ():
+        tags = lowered(tags, name, value)
+    return int(sum(tag.codec.bits(tuple(params[name].shape)) for name, tag in tags.items()) / 8)
 
 
-LEAST_SHARE = 0.85  # of the forecast: no trained model compressed better than 0.9 of it (bench/artifact.md)
+LEAST_SHARE = 0.85  # of the forecast: what trained weights took was 0.9 of it or more (bench/artifact.md)
 
 
-def refuse_hopeless_size(expected: int, cfg: Config) -> None:
-    """Raise UserError before the first step where even a lucky artifact is over, and nothing may give way."""
-    if LEAST_SHARE * expected > SIZE_LIMIT and not cfg.size.ladder:
+def refuse_hopeless_size(cfg: Config, world: World) -> None:
+    """Raise UserError before the first step where even a lucky artifact is over at the ladder's bottom."""
+    expected = predicted_bytes(cfg, world, bottom=True)
+    if LEAST_SHARE * expected > SIZE_LIMIT:
         raise UserError(
             f"the artifact will take about {expected:,} bytes, at least {LEAST_SHARE * expected:,.0f}, and "
-            f"the limit is {SIZE_LIMIT:,}; lower MATRIX_BITS, EMBED_BITS, NUM_LAYERS or MODEL_DIM, or give a "
-            f"SIZE_LADDER"
+            f"the limit is {SIZE_LIMIT:,}; lower MATRIX_BITS, EMBED_BITS, NUM_LAYERS or MODEL_DIM, or let "
+            f"SIZE_LADDER go further down"
         )
 
 
@@ -4205,10 +4210,9 @@ def log_plan(model: GPT, cfg: Config, world: World) -> None:
         f"head_lr:{0.0 if cfg.model.tied else cfg.optim.head_lr} matrix_lr:{cfg.optim.matrix_lr} "
         f"scalar_lr:{cfg.optim.scalar_lr}"
     )
-    expected = predicted_bytes(cfg, world)
-    refuse_hopeless_size(expected, cfg)
+    refuse_hopeless_size(cfg, world)
     world.log(
-        f"forecast: params:{count} artifact_bytes:{expected} of {SIZE_LIMIT} "
+        f"forecast: params:{count} artifact_bytes:{predicted_bytes(cfg, world)} of {SIZE_LIMIT} "
         f"peak_tensor_memory:{(held + kept) / 2**20:.0f} MiB (weights and moments {held / 2**20:.0f}, "
         f"kept activations {kept / 2**20:.0f})"
     )

@@ -2617,21 +2617,31 @@ def norm(x: Tensor) -> Tensor:
 def matrix_tag(kind: str, cfg: Config) -> Tag:
     """How the matrices of a mixer ("attn") or a feed-forward ("mlp") ship."""
     sigmas = (cfg.gptq.attn_sigmas if kind == "attn" else cfg.gptq.mlp_sigmas) or cfg.gptq.matrix_sigmas
-    return Tag(pick_codec(cfg.export.matrix_codec, cfg.export.matrix_bits, sigmas, cfg), "muon", kind)
+    return Tag(matrix_codec(sigmas, cfg), "muon", kind)
 
 
-def embed_tag(optim: str, cfg: Config) -> Tag:
-    codec = pick_codec(cfg.export.embed_codec, cfg.export.embed_bits, cfg.gptq.embed_sigmas, cfg)
-    return Tag(codec, optim, "embed")
-
-
-def pick_codec(name: str, bits: int, sigmas: float, cfg: Config) -> Codec:
-    if name == "ternary":
+def matrix_codec(sigmas: float, cfg: Config) -> Codec:
+    if cfg.export.matrix_codec == "ternary":
         return Ternary(cfg.export.ternary_group, cfg.export.ternary_step)
-    if name == "fp8":
+    if cfg.export.matrix_codec == "fp8":
         return Fp8()
-    if name == "fp4":
+    if cfg.export.matrix_codec == "fp4":
         return Fp4()
+    return integer_codec(cfg.export.matrix_bits, sigmas, cfg)
+
+
+def embed_codec(cfg: Config) -> Codec:
+    """Of the embedding and of a head of its own."""
+    if cfg.export.embed_codec == "ternary":
+        return Ternary(cfg.export.ternary_group, cfg.export.ternary_step)
+    if cfg.export.embed_codec == "fp8":
+        return Fp8()
+    if cfg.export.embed_codec == "fp4":
+        return Fp4()
+    return integer_codec(cfg.export.embed_bits, cfg.gptq.embed_sigmas, cfg)
+
+
+def integer_codec(bits: int, sigmas: float, cfg: Config) -> Codec:
     return Half() if bits == 16 else IntRow(bits, sigmas, cfg.export.clip_percentile, cfg.export.scale_floor)
 
 
@@ -2676,7 +2686,7 @@ class Embed(nn.Module):
         super().__init__()
         std = cfg.model.embed_std if cfg.model.tied else 1.0
         self.weight = nn.Parameter(torch.empty(cfg.model.vocab, cfg.model.dim).normal_(0.0, std))
-        self.tags, self.dtype = {"weight": embed_tag("embed", cfg)}, dtype
+        self.tags, self.dtype = {"weight": Tag(embed_codec(cfg), "embed", "embed")}, dtype
 
     def effective(self, phase: Phase) -> Tensor:
         return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
@@ -2821,7 +2831,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model.dim))
         self.tags = {"skip_weights": Tag(Half(), "scalar")}
         if not cfg.model.tied:
-            self.head = Proj(cfg.model.dim, cfg.model.vocab, embed_tag("head", cfg), zero=True)
+            self.head = Proj(cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True)
 
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
@@ -3742,10 +3752,11 @@ def lowered(tags: dict[str, Tag], name: str, value: float) -> dict[str, Tag]:
 
 def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
     """Write model.ptz, as far down SIZE_LADDER as the limit demands, and return what is on the disk."""
-    tags, correcting, code = param_tags(model), cfg.gptq.lqer, cfg.size.code_bytes or code_bytes
-    for name, value in [("", 0.0), *ladder_rungs(cfg.size.ladder)]:
-        tags, correcting = lowered(tags, name, value) if name else tags, correcting and name != "LQER_ENABLED"
-        final = corrected(model, tags, hessians, cfg) if correcting else tags
+    tags, correcting, code = param_tags(model), True, cfg.size.code_bytes or code_bytes
+    for name, value in [("", 0.0), *(ladder_rungs(cfg.size.ladder) if cfg.size.ladder else [])]:
+        if cfg.size.ladder and name:
+            tags, correcting = lowered(tags, name, value), correcting and name != "LQER_ENABLED"
+        final = corrected(model, tags, hessians, cfg) if cfg.gptq.lqer and correcting else tags
         shipment = export(model, cfg, final, hessians)
         left = SIZE_LIMIT - code - len(shipment.blob)
         world.log(
@@ -3862,10 +3873,12 @@ def codec_of(own: Codec, there: object, here: list, cfg: Config) -> Codec | None
     if not isinstance(there, list) or len(there) != 2 or there[1] != here[1] or not isinstance(own, IntRow):
         return None
     found = CODEC_NAME.fullmatch(str(there[0]))
-    if not found or (found[2] and not cfg.gptq.lqer):
+    if not found:
         return None
     base = IntRow(int(found[1]))
-    return LowRank(base, int(found[2]), int(found[3]), int(found[4])) if found[2] else base
+    if cfg.gptq.lqer and found[2]:
+        return LowRank(base, int(found[2]), int(found[3]), int(found[4]))
+    return None if found[2] else base
 
 
 def by_name(rows: object) -> dict[str, list]:

@@ -2831,7 +2831,9 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model.dim))
         self.tags = {"skip_weights": Tag(Half(), "scalar")}
         if not cfg.model.tied:
-            self.head = Proj(cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True)
+            self.head = Proj(
+                cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True
+            )
 
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""

@@ -3752,30 +3752,31 @@ def lowered(tags: dict[str, Tag], name: str, value: float) -> dict[str, Tag]:
     }
 
 
-def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
-    """Write model.ptz, as far down SIZE_LADDER as the limit demands, and return what is on the disk."""
-    tags, correcting, code = param_tags(model), True, cfg.size.code_bytes or code_bytes
+def fit(model: GPT, hessians: dict[str, Tensor], code: int, cfg: Config, world: World) -> Shipment:
+    """The artifact, as far down SIZE_LADDER as the limit demands; each rung says what it brings."""
+    tags, correcting = param_tags(model), True
     for name, value in [("", 0.0), *(ladder_rungs(cfg.size.ladder) if cfg.size.ladder else [])]:
         if cfg.size.ladder and name:
             tags, correcting = lowered(tags, name, value), correcting and name != "LQER_ENABLED"
         final = corrected(model, tags, hessians, cfg) if cfg.gptq.lqer and correcting else tags
         shipment = export(model, cfg, final, hessians)
-        left = SIZE_LIMIT - code - len(shipment.blob)
-        world.log(
-            f"size_ladder: {f'{name}={value}' if name else 'as configured'} weights:{len(shipment.blob)} "
-            f"code:{code} left:{left}"
-        )
+        left, rung = SIZE_LIMIT - code - len(shipment.blob), f"{name}={value}" if name else "as configured"
+        world.log(f"size_ladder: {rung} weights:{len(shipment.blob)} code:{code} left:{left}")
+        world.journal.beat()
         if left >= 0:
             break
-    write_atomic(world.run_dir / "model.ptz", shipment.blob)
+    return shipment
+
+
+def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
+    """Write model.ptz and its byte table, and return what is on the disk."""
+    shipment = fit(model, hessians, cfg.size.code_bytes or code_bytes, cfg, world)
     table = byte_table(shipment)
+    write_atomic(world.run_dir / "model.ptz", shipment.blob)
     write_atomic(world.run_dir / "bytes.json", json.dumps(table, indent=1).encode())
     for row in table["tensors"]:
-        world.journal.log(
-            f"tensor:{row['name']} codec:{row['codec']} params:{row['params']} bits:{row['bits']:.3f} "
-            f"entropy_bytes:{row['entropy_bytes']} bytes:{row['bytes']} share:{row['share']:.4f}",
-            file_only=True,
-        )
+        cells = " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items())
+        world.journal.log(f"tensor {cells}", file_only=True)
     blob = (world.run_dir / "model.ptz").read_bytes()
     world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
     return blob

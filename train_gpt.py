@@ -3963,7 +3963,7 @@ def refuse_hopeless_size(cfg: Config, world: World) -> None:
         )
 
 
-def log_forecast(model: GPT, code_bytes: int, cfg: Config, world: World) -> None:
+def log_weighed_bytes(model: GPT, code_bytes: int, cfg: Config, world: World) -> None:
     """The size that the weights would have now: order-0 entropy of every stream, rounded to nearest."""
     if not world.main:
         return
@@ -4394,7 +4394,7 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
             * score.partial
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
-        log_forecast(t.model, facts.code_bytes, cfg, world)
+        log_weighed_bytes(t.model, facts.code_bytes, cfg, world)
 
     with stop_on_signal(t.clock), world.journal.phase("train"):
         train(t, validate)

@@ -2349,17 +2349,14 @@ def expand_zstd(data: bytes, most: int) -> bytes:
 
 
 def expand_brotli(data: bytes, most: int) -> bytes:
-    """With brotli's own limit; before 1.2 it has none, and a small stream may fill the memory."""
+    """By brotli's own limit: 54 bytes can ask for 64 MB."""
     import brotli
 
-    reader, out = brotli.Decompressor(), b""
+    reader = brotli.Decompressor()
     try:
-        if hasattr(reader, "can_accept_more_data"):
-            out = reader.process(data, output_buffer_limit=most + 1)
-            while not reader.is_finished() and not reader.can_accept_more_data() and len(out) <= most:
-                out += reader.process(b"", output_buffer_limit=most + 1 - len(out))
-        else:
-            out = reader.process(data)
+        out = reader.process(data, output_buffer_limit=most + 1)
+        while not reader.is_finished() and not reader.can_accept_more_data() and len(out) <= most:
+            out += reader.process(b"", output_buffer_limit=most + 1 - len(out))
     except brotli.error as e:
         raise ValueError(f"brotli: {e}") from e
     if not reader.is_finished() and len(out) <= most:

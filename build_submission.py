@@ -71,8 +71,8 @@ RECIPE_CONSTANTS = ("FROZEN", "LIVE")  # whose values a frozen file and its twin
 ASKED = ("knob_values", "read_live", "thawed")  # functions that keep their names, for `check_program`
 # Knobs of the run section that say what one run does, and so belong to no recipe.
 ONE_RUN = ("RUN_DIR", "RESUME", "OVERWRITE", "EVAL_ONLY", "ARTIFACT", "SAMPLE", "PRECOMPILE", "NLL_PATH")
-# What a submission does without, unless its recipe asks for it: nobody resumes it, nobody watches it.
-SUBMISSION = {"CHECKPOINT_EVERY": "-1", "PROGRESS": "0"}
+# What a submission does without, unless its recipe asks for it: nobody resumes it or watches it run.
+SUBMISSION = {"CHECKPOINT_EVERY": "-1", "PROGRESS": "0", "FORECAST": "0"}
 TWIN_SECONDS = 300  # a tiny run takes one; after so many it is killed, and the proof is broken
 LOOKS = 20  # at a twin's clock, from the first step to the cap
 
@@ -753,38 +753,31 @@ class Substitute(ast.NodeTransformer):
 def settle_parameters(tree: ast.Module) -> None:
     """A parameter that every call gives the same number is that number; one that nobody reads goes.
 
-    Only of top-level functions and of constructors whose name is called and used in no other way, and only
-    where all arguments dropped are names or literals, so that no evaluation is lost.
+    Only of top-level functions whose name is called and used in no other way, and only where all arguments
+    dropped are names or literals, so that no evaluation is lost.
     """
     calls = defaultdict(list)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             calls[node.func.id].append(node)
     read, bound = names_read(tree), names_bound(tree)
-    for node in tree.body:
-        name, called = getattr(node, "name", ""), calls[getattr(node, "name", "")]
-        function = constructor(node) if isinstance(node, ast.ClassDef) else node
-        if not isinstance(function, ast.FunctionDef) or not is_harmless(node):
-            continue
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and is_harmless(node)]:
+        name, called = function.name, calls[function.name]
         hidden = any(is_unpacked(arg) for call in called for arg in (*call.args, *call.keywords))
         hidden = hidden or function.args.vararg or function.args.kwarg
         if not hidden and len(called) == read[name] and bound[name] == 1:
-            Signature(function, called, first=int(function is not node)).settle()
-
-
-def constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
-    return next((part for part in node.body if getattr(part, "name", "") == "__init__"), None)
+            Signature(function, called).settle()
 
 
 class Signature:
-    """A function's parameters beside what each of its calls gives them; `first` is 1 after `self`."""
+    """A function's parameters beside what each of its calls gives them."""
 
-    def __init__(self, function: ast.FunctionDef, calls: list[ast.Call], first: int) -> None:
-        self.function, self.calls, self.first, self.args = function, calls, first, function.args
+    def __init__(self, function: ast.FunctionDef, calls: list[ast.Call]) -> None:
+        self.function, self.calls, self.args = function, calls, function.args
 
     def settle(self) -> None:
         bound = names_bound(self.function)
-        for parameter in [*self.args.args[self.first :], *self.args.kwonlyargs]:
+        for parameter in [*self.args.args, *self.args.kwonlyargs]:
             name, given = parameter.arg, [self.given(call, parameter) for call in self.calls]
             if not given or bound[name] > 1 or not all(arg and is_pure(arg) for arg in given):
                 continue
@@ -802,7 +795,7 @@ class Signature:
         if parameter in self.args.kwonlyargs:
             default = self.args.kw_defaults[self.args.kwonlyargs.index(parameter)]
             return named.get(parameter.arg, default)
-        index = self.args.args.index(parameter) - self.first
+        index = self.args.args.index(parameter)
         if index < len(call.args):
             return call.args[index]
         defaults = dict(zip(self.args.args[::-1], self.args.defaults[::-1], strict=False))
@@ -813,8 +806,8 @@ class Signature:
         index = (args.kwonlyargs if keyword_only else args.args).index(parameter)
         for call in self.calls:
             call.keywords = [keyword for keyword in call.keywords if keyword.arg != parameter.arg]
-            if not keyword_only and index - self.first < len(call.args):
-                del call.args[index - self.first]
+            if not keyword_only and index < len(call.args):
+                del call.args[index]
         if keyword_only:
             del args.kwonlyargs[index], args.kw_defaults[index]
             return
@@ -822,44 +815,6 @@ class Signature:
         if default >= 0:
             del args.defaults[default]
         del args.args[index]
-
-
-def drop_attributes(tree: ast.Module) -> None:
-    """Drop `self.x = value`, also from a tuple, where nothing reads any x and the value is pure.
-
-    A torch module takes what it is given into its state, so there only the configuration goes.
-    """
-    read = attributes_read(tree)
-    for node in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
-        for statement in [part for part in ast.walk(node) if isinstance(part, ast.Assign)]:
-            pairs = [(statement.targets[0], statement.value)]
-            if is_paired(*pairs[0]):
-                pairs = list(zip(pairs[0][0].elts, pairs[0][1].elts, strict=True))
-            kept = [(x, v) for x, v in pairs if not is_idle_store(x, v, read, plain=not node.bases)]
-            if len(kept) < len(pairs):
-                targets, values = ([pair[i] for pair in kept] for i in (0, 1))
-                one = len(kept) == 1
-                statement.targets = [targets[0] if one else ast.Tuple(targets, ast.Store())]
-                statement.value = values[0] if one else ast.Tuple(values, ast.Load())
-        for _, _, statements in bodies(node):
-            statements[:] = [s for s in statements if not (isinstance(s, ast.Assign) and is_empty(s))]
-    tidy(tree)
-
-
-def is_paired(target: ast.AST, value: ast.AST) -> bool:
-    """`a, b = x, y`."""
-    both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-    return both and len(target.elts) == len(value.elts)
-
-
-def is_idle_store(target: ast.AST, value: ast.AST, read: set[str], plain: bool) -> bool:
-    own = isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)
-    own = own and target.value.id == "self" and target.attr not in read
-    return own and is_pure(value) and (plain or is_cfg(value))
-
-
-def is_empty(statement: ast.Assign) -> bool:
-    return isinstance(statement.targets[0], ast.Tuple) and not statement.targets[0].elts
 
 
 def attributes_read(tree: ast.AST) -> set[str]:
@@ -934,7 +889,7 @@ def texts_of(call: ast.Call) -> list[str]:
     """Names that getattr and its like reach by a text."""
     name = call.func.id if isinstance(call.func, ast.Name) else ""
     told = [literal(arg) for arg in call.args[1:2]] if name in ATTRIBUTE_CALLS else []
-    return [str(value) for (value,) in told]
+    return [str(value) for (value,) in filter(None, told)]
 
 
 def is_inherited(owner: str, method: str) -> bool:
@@ -981,7 +936,6 @@ def fold(source: str, recipe: Recipe) -> Folded:
         tidy(tree)
         settle_locals(tree)
         settle_parameters(tree)
-        drop_attributes(tree)
         dropped += drop_unreached(tree) + drop_methods(tree)
         drop_imports(tree, used)
     check_folded(tree)
@@ -1368,15 +1322,16 @@ class Proof(NamedTuple):
 def prove(twins: dict[str, Stage], tiny: Recipe, folder: Path) -> Proof:
     """Run every twin and compare with the source what they trace and what they say of themselves.
 
-    Only the source is told the recipe; the others have it in them. Raises BuildError where the source
-    itself does not run, or traces too little to compare with.
+    Only the source is told the recipe; the others have it in them. All are told another seed, which must be
+    heard. Raises BuildError where the source itself does not run, or traces too little to compare with.
     """
-    data, programs = make_toy_data(folder / "toy"), {}
+    told = make_toy_data(folder / "toy") | {"RUN_DIR": "run", "SEED": str((tiny.cfg.budget.seed + 1) % 2**31)}
+    programs = {}
     for name, twin in twins.items():
         path = folder / name / PROGRAM
         path.parent.mkdir()
         path.write_bytes(twin.program)
-        programs[path] = {**(tiny.env if name == "source" else {}), **data, "RUN_DIR": "run"}
+        programs[path] = (tiny.env if name == "source" else {}) | told
     faults = run_programs(programs, tick_of(tiny))
     if "source" in faults:
         raise BuildError(f"the source does not run as a tiny twin: {faults['source']}")
@@ -1385,9 +1340,9 @@ def prove(twins: dict[str, Stage], tiny: Recipe, folder: Path) -> Proof:
         raise BuildError("the source traced no artifact or no score, so there is nothing to compare with")
     source = json.loads((folder / "source" / "run" / "results.json").read_text())
     for name, twin in twins.items():
-        told = faults.get(name) or trace_fault(read_trace(folder / name), trace)
-        if told := told or results_fault(twin, folder / name / "run" / "results.json", source):
-            faults[name] = told
+        fault = faults.get(name) or trace_fault(read_trace(folder / name), trace)
+        if fault := fault or results_fault(twin, folder / name / "run" / "results.json", source):
+            faults[name] = fault
     return Proof(faults, trace.count(b"\n"), sha256(trace))
 
 
@@ -1486,8 +1441,8 @@ def shipped_fault(name: str, stages: Stages, twins: Stages, recipe: Recipe) -> s
     try:
         if name == "frozen":
             check_frozen(stage, twin, stages.made["source"])
-        elif differing_gates(stage.text, stages.folded, twins.folded):
-            check_definitions(stages.folded, twins.folded)
+        elif gates := differing_gates(stages.made["source"].text, stages.folded, twins.folded):
+            check_definitions(stages.folded, twins.folded, gates)
         else:
             check_values(stage, twin, stages.folded, twins.folded)
         check_program(stage, recipe)
@@ -1514,11 +1469,24 @@ def check_values(stage: Stage, twin: Stage, recipe: Folded, tiny: Folded) -> Non
         raise BuildError("it differs from its proven twin in other values than those of the knobs")
 
 
-def check_definitions(recipe: Folded, tiny: Folded) -> list[str]:
-    """Where gates differ: the definitions that are not those of the twin up to the values of knobs."""
-    ours, theirs = ({n: d for d in f.tree.body for n in names_defined(d)} for f in (recipe, tiny))
+def check_definitions(recipe: Folded, tiny: Folded, gates: list[Gate]) -> None:
+    """Where gates differ, the definitions do that hold one, and those that are on one side only."""
+    ours, theirs = (definitions(folded) for folded in (recipe, tiny))
+    for name in set(unproven(recipe, tiny)) & ours.keys() & theirs.keys():
+        first, last = ours[name].lineno, ours[name].end_lineno
+        if not any(first <= gate.line <= last for gate in gates):
+            raise BuildError(f"{name} differs from its proven twin in more than the values of knobs")
+
+
+def unproven(recipe: Folded, tiny: Folded) -> list[str]:
+    """The definitions that are not the twin's up to the values of knobs: its run does not show them."""
+    ours, theirs = (definitions(folded) for folded in (recipe, tiny))
     other = [name for name in ours if name not in theirs or not is_twin(ours[name], theirs[name])]
     return [*other, *(name for name in theirs if name not in ours)]
+
+
+def definitions(folded: Folded) -> dict[str, ast.stmt]:
+    return {name: node for node in folded.tree.body for name in names_defined(node)}
 
 
 def is_twin(a: ast.AST, b: ast.AST) -> bool:
@@ -1665,6 +1633,7 @@ class Build(NamedTuple):
     stages: Stages
     proof: Proof
     gates: list[Gate]
+    unproven: list[str]  # the definitions that these gates make differ from the twin's
     faults: dict[str, str]  # the first stage that is left out, and why
     weights: Weights | None
 
@@ -1705,6 +1674,7 @@ def checks(made: Build) -> dict[str, object]:
         "shipped file": "its proven twin but for the values of knobs",
         "its configuration": "the env file's",
         "gates that the twin has otherwise": [gate._asdict() for gate in made.gates],
+        "definitions that the twin has otherwise": made.unproven,
     }
     if made.weights:
         told = {"sha256": sha256(made.weights.blob), "tensors decoded": made.weights.tensors}
@@ -1764,15 +1734,16 @@ def prove_stages(source: str, recipe: Recipe, tiny: Recipe, until: str) -> Build
     twins = make_stages(source, tiny, until, next(iter(stages.packed), ""))
     with tempfile.TemporaryDirectory() as folder:
         proof = prove(twins.made, tiny, Path(folder))
-    both = stages.folded and twins.folded
-    gates = differing_gates(source, stages.folded, twins.folded) if both else []
+    both = (stages.folded, twins.folded) if stages.folded and twins.folded else ()
+    gates = differing_gates(source, *both) if both else []
+    made = Build(recipe, stages, proof, gates, unproven(*both) if gates else [], {}, None)
     for name in STAGES[: STAGES.index(until) + 1]:
         fault = stages.faults.get(name) or twins.faults.get(name) or proof.faults.get(name)
         if fault := fault or shipped_fault(name, stages, twins, recipe):
             if name == STAGES[0]:
                 raise BuildError(f"the {name} program is not the source: {fault}")
-            return Build(recipe, stages, proof, gates, {name: fault}, None)
-    return Build(recipe, stages, proof, gates, {}, None)
+            return made._replace(faults={name: fault})
+    return made
 
 
 def warn(text: str) -> None:

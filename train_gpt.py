@@ -114,6 +114,7 @@ class RunConfig:
     precompile: bool = knob("PRECOMPILE", False, "fill the compile cache with the warm-up's graphs and stop")
     nll_path: str = knob("NLL_PATH", "", ".npy that receives the nats of every target of the declared score")
     progress: bool = knob("PROGRESS", True, "a live bar on a terminal that has tqdm")
+    forecast: bool = knob("FORECAST", True, "say before the first step what bytes and memory the run takes")
     log_every: int = knob("TRAIN_LOG_EVERY", 200, "steps between log lines", within=(0, None), tiny=1)
     val_every: int = knob("VAL_LOSS_EVERY", 1000, "steps between validations, 0 = off",
                           within=(0, None), tiny=0)
@@ -864,9 +865,9 @@ def open_world(cfg: Config, env: dict[str, str]) -> World:
 
 
 def pick_device(cfg: Config, local: int) -> torch.device:
+    if cfg.compute.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or auto")
     if cfg.compute.device == "cpu" or not torch.cuda.is_available():
-        if cfg.compute.device == "cuda":
-            raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or auto")
         return torch.device("cpu")
     if local >= torch.cuda.device_count():
         raise UserError(
@@ -1576,16 +1577,18 @@ def attend_torch(
 
 
 def pick_attention(
-    device: torch.device, dtype: torch.dtype, compiling: bool, packing: bool = True
+    device: torch.device, dtype: torch.dtype, compiling: bool, packing: bool = True, gpu: bool = False
 ) -> tuple[str, Callable]:
     """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA.
 
-    Without packing no batch has segments, and no kernel for them is wanted.
+    Without packing no batch has segments, and no kernel for them is wanted; with `gpu` none for a CPU is.
     """
     inside = attend_segments_ref if packing else None
-    if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
+    if (
+        not gpu and device.type == "meta"
+    ):  # a forecast of memory: flash kernels all keep the same five tensors
         return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
-    if device.type == "cpu":
+    if not gpu and device.type == "cpu":
         blocked = compiling and dtype == torch.bfloat16  # in float32 torch's backward is as good
         kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
         return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
@@ -2072,8 +2075,9 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, world: World) -> None:
         super().__init__()
         self.cfg, self.fast = cfg, False
+        gpu = cfg.compute.device == "cuda" and not cfg.run.forecast
         self.attention_name, attend = pick_attention(
-            world.device, world.dtype, world.compiling, cfg.data.packing
+            world.device, world.dtype, world.compiling, cfg.data.packing, gpu
         )
         self.embed = Embed(cfg, world.dtype)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.model.layers))
@@ -2097,7 +2101,9 @@ class GPT(nn.Module):
         """Embed, go down the encoder, come up the decoder with skips, normalise: (B,T) -> (B,T,D)."""
         x0 = norm(self.embed(ctx))
         x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
-        if ctx.docs is not None:  # as many boundaries as documents: the one shape that varies
+        if (
+            self.cfg.data.packing and ctx.docs is not None
+        ):  # as many boundaries as documents: the one shape that varies
             torch._dynamo.mark_dynamic(ctx.docs, 0)
         ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.model.head_dim, self.cfg.model.rope_base, x))
         plan, kept, aux = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX
@@ -2205,7 +2211,7 @@ def probe(cfg: Config, world: World, dtype: torch.dtype, compiling: bool) -> flo
 def choose_speed(cfg: Config, world: World) -> World:
     """Fill in the world's dtype and compile setting; on a CPU `auto` is decided by measurement."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if world.device.type == "cuda":
+    if cfg.compute.device == "cuda" or world.device.type == "cuda":
         old = torch.cuda.get_device_capability(world.device)[0] < 8
         if old and cfg.compute.dtype != "float32":
             world.log("dtype:float32 this device has no bfloat16 arithmetic (compute capability below 8.0)")
@@ -2618,15 +2624,21 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the live tensors. Raises UserError where they are not the same ones."""
         lives = self.tensors()
-        shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (lives, tensors)]
-        wrong = [n for n in sorted({*lives, *tensors}) if shapes[0].get(n) != shapes[1].get(n)]
-        if wrong:
-            raise UserError(
-                f"the checkpoint has {wrong[0]} as {shapes[1].get(wrong[0])}, this program as "
-                f"{shapes[0].get(wrong[0])}: another version wrote it; continue with that version"
-            )
+        if self.cfg.run.resume:
+            refuse_other_tensors(lives, tensors)
         for name, live in lives.items():
             live.copy_(tensors[name])
+
+
+def refuse_other_tensors(lives: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raise UserError naming the first tensor that a checkpoint has otherwise than this program."""
+    shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (lives, saved)]
+    wrong = [n for n in sorted({*lives, *saved}) if shapes[0].get(n) != shapes[1].get(n)]
+    if wrong:
+        raise UserError(
+            f"the checkpoint has {wrong[0]} as {shapes[1].get(wrong[0])}, this program as "
+            f"{shapes[0].get(wrong[0])}: another version wrote it; continue with that version"
+        )
 
 
 def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
@@ -2766,7 +2778,7 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
 def take_step(t: Trainer, now: Progress) -> None:
     """Step, count, and leave the figures on their way to the host; those of the step before are reported."""
     phase = phase_at(now, t.cfg)
-    if phase.loops and not t.looping:
+    if t.cfg.loop.on and phase.loops and not t.looping:
         t.world.log(f"layer_loop:enabled step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
     t.looping = phase.loops > 0
     figures = train_step(t, t.loader.batches(t.state.step), phase)
@@ -3243,12 +3255,8 @@ def log_header(facts: Facts, cfg: Config, world: World) -> None:
 
 def log_plan(model: GPT, cfg: Config, world: World) -> None:
     """What is about to be trained and what it should cost, before the first step."""
-    count = param_count(model)
-    # weights, gradients, and two moments each (Muon keeps one, and as much again in flight), the average
-    held = 4 * count * (4 + cfg.optim.ema_on)
-    kept = activation_bytes(cfg, world)
     embed_lr = cfg.optim.tied_embed_lr if cfg.model.tied else cfg.optim.embed_lr
-    world.log(f"model_params:{count}")
+    world.log(f"model_params:{param_count(model)}")
     world.log(
         f"attention_mode:gqa num_heads:{cfg.model.heads} num_kv_heads:{cfg.model.kv_heads} "
         f"backend:{model.attention_name}"
@@ -3258,6 +3266,15 @@ def log_plan(model: GPT, cfg: Config, world: World) -> None:
         f"head_lr:{0.0 if cfg.model.tied else cfg.optim.head_lr} matrix_lr:{cfg.optim.matrix_lr} "
         f"scalar_lr:{cfg.optim.scalar_lr}"
     )
+    if cfg.run.forecast:
+        log_forecast(param_count(model), cfg, world)
+
+
+def log_forecast(count: int, cfg: Config, world: World) -> None:
+    """What the run is going to take, of the budget and of memory."""
+    # weights, gradients, and two moments each (Muon keeps one, and as much again in flight), the average
+    held = 4 * count * (4 + cfg.optim.ema_on)
+    kept = activation_bytes(cfg, world)
     world.log(
         f"forecast: params:{count} artifact_bytes:{predicted_bytes(cfg, world)} of {SIZE_LIMIT} "
         f"peak_tensor_memory:{(held + kept) / 2**20:.0f} MiB (weights and moments {held / 2**20:.0f}, "

@@ -902,6 +902,13 @@ def choose_run_dir(cfg: Config) -> Path:
     return folder
 
 
+def open_journal(cfg: Config, world: World) -> None:
+    """From here on the run writes: what it was asked to write over goes. Raises UserError on all ranks."""
+    if cfg.run.overwrite and not cfg.run.resume:
+        world.share(lambda: clear_run(world.run_dir))
+    world.share(world.journal.begin)
+
+
 # ======================================================================================
 # 5. Clock -- rank 0's seconds, signals, and a watchdog
 # uses: Config World
@@ -1583,16 +1590,9 @@ def pick_attention(
 
     Without packing no batch has segments, and no kernel for them is wanted; with `gpu` none for a CPU is.
     """
-    inside = attend_segments_ref if packing else None
-    if (
-        not gpu and device.type == "meta"
-    ):  # a forecast of memory: flash kernels all keep the same five tensors
-        return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
-    if not gpu and device.type == "cpu":
-        blocked = compiling and dtype == torch.bfloat16  # in float32 torch's backward is as good
-        kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
-        return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
-    plain = functools.partial(attend_sdpa, (sdpa, inside))
+    if not gpu and device.type != "cuda":
+        return host_attention(device, compiling and dtype == torch.bfloat16, packing)
+    plain = functools.partial(attend_sdpa, (sdpa, attend_segments_ref if packing else None))
     if dtype == torch.float32:
         return "sdpa", plain
     with contextlib.suppress(ImportError):
@@ -1611,6 +1611,15 @@ def pick_attention(
             varlen = functools.partial(varlen_attn, **varlen_options(varlen_attn))
             return "torch-varlen", functools.partial(attend_torch, varlen)
     return "sdpa", plain
+
+
+def host_attention(device: torch.device, blocked: bool, packing: bool) -> tuple[str, Callable]:
+    """Attention on a CPU; in float32 torch's backward is as good as ours by blocks."""
+    if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
+        inside = attend_segments_ref if packing else None
+        return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
+    kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
+    return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
 
 
 def varlen_options(varlen: Callable) -> dict:
@@ -2723,6 +2732,13 @@ def save(t: Trainer) -> None:
     t.world.log(f"checkpoint:saved step:{t.state.step} train_time:{t.clock.elapsed() * 1000:.0f}ms")
 
 
+def save_if_due(t: Trainer, heard: Reading) -> None:
+    if heard.save:
+        with t.clock.paused():
+            save(t)
+            t.clock.saved = t.clock.now()
+
+
 def resume(t: Trainer, found: Checkpoint) -> None:
     """Put the trainer where a checkpoint left it; the clock goes on from the seconds already spent."""
     meta = found.meta
@@ -2743,6 +2759,25 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     t.world.log(f"resumed:1 step:{t.state.step} train_time:{meta['seconds'] * 1000:.0f}ms")
 
 
+def find_checkpoint(loader: Loader, cfg: Config, world: World) -> Checkpoint | None:
+    """RESUME=1: the newest readable checkpoint, if it is of this configuration and of these shards."""
+    found = world.share(lambda: load_checkpoint(world.run_dir / "checkpoints", world.log))
+    if found:
+        refuse_other_run(found.meta, cfg, loader.shards.fingerprint())
+    return found
+
+
+def resumed_speed(found: Checkpoint | None, cfg: Config, world: World) -> World:
+    """The world with the dtype and compile setting of the checkpoint, or chosen anew where there is none."""
+    if found:
+        dtype = CHECKPOINT_DTYPES[found.meta["dtype"]]
+        return dataclasses.replace(world, dtype=dtype, compiling=found.meta["compiling"])
+    world = choose_speed(cfg, world)
+    world.log(f"resume: no checkpoint in {world.run_dir / 'checkpoints'} yet; starting at step 0")
+    world.journal.cut_trace(0)
+    return world
+
+
 def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
     """Run to ITERATIONS, to the last step that ends before the cap, or until a rank is asked to stop.
 
@@ -2755,10 +2790,8 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
         t.state.finished = t.state.step >= t.cfg.budget.iterations or not t.clock.ends_in_time()
         if t.state.finished or heard.stop:
             break
-        if t.cfg.run.saves and heard.save:
-            with t.clock.paused():
-                save(t)
-                t.clock.saved = t.clock.now()
+        if t.cfg.run.saves:
+            save_if_due(t, heard)
         take_step(t, Progress(t.state.step, heard.seconds))
         if t.cfg.run.val_every and t.state.step % t.cfg.run.val_every == 0:
             with t.clock.paused():
@@ -3389,34 +3422,8 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 # ======================================================================================
 # 20. Main -- the story on one page
-# uses: Config Schedule Journal World Clock Data Model Checkpoint Train Export Evaluate Report
+# uses: Config Schedule Journal World Clock Data Model Train Export Evaluate Report
 # ======================================================================================
-
-
-def open_journal(cfg: Config, world: World) -> None:
-    """From here on the run writes: what it was asked to write over goes. Raises UserError on all ranks."""
-    if cfg.run.overwrite and not cfg.run.resume:
-        world.share(lambda: clear_run(world.run_dir))
-    world.share(world.journal.begin)
-
-
-def find_checkpoint(loader: Loader, cfg: Config, world: World) -> Checkpoint | None:
-    """RESUME=1: the newest readable checkpoint, if it is of this configuration and of these shards."""
-    found = world.share(lambda: load_checkpoint(world.run_dir / "checkpoints", world.log))
-    if found:
-        refuse_other_run(found.meta, cfg, loader.shards.fingerprint())
-    return found
-
-
-def resumed_speed(found: Checkpoint | None, cfg: Config, world: World) -> World:
-    """The world with the dtype and compile setting of the checkpoint, or chosen anew where there is none."""
-    if found:
-        dtype = CHECKPOINT_DTYPES[found.meta["dtype"]]
-        return dataclasses.replace(world, dtype=dtype, compiling=found.meta["compiling"])
-    world = choose_speed(cfg, world)
-    world.log(f"resume: no checkpoint in {world.run_dir / 'checkpoints'} yet; starting at step 0")
-    world.journal.cut_trace(0)
-    return world
 
 
 def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> Trainer:

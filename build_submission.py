@@ -710,7 +710,7 @@ def is_idle(statement: ast.stmt) -> bool:
 
 def settle_locals(tree: ast.Module) -> None:
     """A local that is bound once, to a number, is that number; one that nobody reads is not stored."""
-    for function in [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]:
+    for function in [f for f in ast.walk(tree) if isinstance(f, FUNCTIONS) and not needs_annotations(f)]:
         stores = [(node, name) for node in own_nodes(function) if (name := stored_name(node))]
         bound, read = (names_bound(function), names_read(function)) if stores else ({}, {})
         stores = [(node, name) for node, name in stores if bound[name] == 1]
@@ -1026,10 +1026,13 @@ def minify(text: str) -> str:
 
     Keyword arguments, attributes (so state_dict's names) and texts stay as they are; literals are not
     hoisted, which the compressor does better; asserts stay. A parameter that many functions have (cfg,
-    world) keeps its name: with a second name inside each, the packed baseline was 150 bytes larger.
+    world) keeps its name: with a second name inside each, the packed baseline was 150 bytes larger. So do
+    the locals of kernels, of which Triton may ask more than Python does.
     """
     tree = Bare().visit(ast.parse(text))
     common = Counter(node.arg for node in ast.walk(tree) if isinstance(node, ast.arg))
+    kernels = [f for f in ast.walk(tree) if isinstance(f, FUNCTIONS) and needs_annotations(f)]
+    kept = {name for name, count in common.items() if count >= 8}.union(*map(names_bound, kernels))
     minified = python_minifier().minify(
         ast.unparse(ast.fix_missing_locations(tree)),
         remove_literal_statements=True,
@@ -1038,7 +1041,7 @@ def minify(text: str) -> str:
         constant_folding=False,
         rename_globals=True,
         preserve_globals=list(ASKED),
-        preserve_locals=[name for name, count in common.items() if count >= 8],
+        preserve_locals=sorted(kept),
     )
     return minified + "\n"
 

@@ -56,10 +56,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FROZEN: dict[str, str] = {}  # build_submission.py writes the chosen environment here,
-LIVE_DEFAULTS: dict[str, str] = {}  # here its knobs of these sections, which the environment still sets,
-LIVE_SECTIONS = ("run", "budget", "compute")
-SOURCE_STAGE = "source"  # and here which stage of the build this program is
+# build_submission.py writes the next four.
+FROZEN: dict[str, object] = {}  # knob -> value, of those for which the program does not ask its environment,
+LIVE: dict[str, object] = {}  # and of those for which it does
+SOURCE_STAGE = "source"  # which stage of the build the program is
+FOLDED = False  # whether frozen values stand in its code, and what they leave dead is gone
+LIVE_KNOBS = ("RUN_ID", "RUN_DIR", "DATA_PATH", "TOKENIZER_PATH", "SEED")  # what any built program is told
 SIZE_LIMIT = 16_000_000  # bytes of code and weights together; decimal, not MiB (challenge README)
 
 # ======================================================================================
@@ -72,7 +74,7 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line: what, found, allowed, how to mend."""
 
 
-def knob(
+def knob(  # noqa: PLR0913 -- a knob is one row
     env: str,
     default: object,
     doc: str,
@@ -80,10 +82,17 @@ def knob(
     choices: tuple = (),
     within: tuple = (None, None),
     tiny: object = None,
+    on: object = None,
 ) -> object:
-    """One knob, one row: name, default, meaning, allowed values, and its value in a tiny test run."""
-    meta = {"env": env, "doc": doc, "choices": choices, "within": within, "tiny": tiny}
+    """One knob, one row: name, default, meaning, allowed values, its value in a tiny test run, and the value
+    that switches its feature on there; a bool and a choice need no such value."""
+    meta = {"env": env, "doc": doc, "choices": choices, "within": within, "tiny": tiny, "on": on}
     return field(default=default, metadata=meta)
+
+
+def of_config(function: Callable) -> Callable:
+    """Marks a function of cfg alone whose value is a literal; the builder puts that in place of its calls."""
+    return function
 
 
 # fmt: off
@@ -100,18 +109,25 @@ class RunConfig:
     overwrite: bool = knob("OVERWRITE", False, "clear a RUN_DIR that already holds a run")
     resume: bool = knob("RESUME", False, "continue from the newest readable checkpoint in RUN_DIR")
     checkpoint_every: float = knob("CHECKPOINT_EVERY", 0.0, "seconds between checkpoints; 0 = on SIGTERM and "
-                                   "SIGINT and at the end", within=(0.0, None))
+                                   "SIGINT and at the end; below 0 = none", within=(-1.0, None))
     eval_only: bool = knob("EVAL_ONLY", False, "score ARTIFACT and stop, without training")
     artifact: str = knob("ARTIFACT", "", "artifact to score with EVAL_ONLY=1; empty means RUN_DIR/model.ptz")
     sample: int = knob("SAMPLE", 0, "with EVAL_ONLY=1: print so many sampled tokens instead of a score",
                        within=(0, 100000))
     precompile: bool = knob("PRECOMPILE", False, "fill the compile cache with the warm-up's graphs and stop")
     nll_path: str = knob("NLL_PATH", "", ".npy that receives the nats of every target of the declared score")
+    progress: bool = knob("PROGRESS", True, "a live bar on a terminal that has tqdm")
+    forecast: bool = knob("FORECAST", True, "say before the first step what bytes and memory the run takes")
     log_every: int = knob("TRAIN_LOG_EVERY", 200, "steps between log lines", within=(0, None), tiny=1)
     val_every: int = knob("VAL_LOSS_EVERY", 1000, "steps between validations, 0 = off",
                           within=(0, None), tiny=0)
     score: str = knob("SCORE", "roundtrip", "which score the run declares as its own",
                       choices=("roundtrip", "sliding"))
+
+    @property
+    def saves(self) -> bool:
+        """Whether there are checkpoints; without them a signal ends the run at once."""
+        return self.checkpoint_every >= 0
 
 
 @dataclass(frozen=True)
@@ -154,9 +170,6 @@ class DataConfig:
         """Tokens that one span is trained on; it holds one more, the last target."""
         return self.batch_tokens // self.spans
 
-    def micro_batches(self, ranks: int) -> int:
-        return self.accum or self.spans // ranks
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -186,7 +199,7 @@ class ModelConfig:
 class LoopConfig:
     """Depth recurrence: layers first..last are visited count extra times (record 1855, 2.8)."""
 
-    count: int = knob("NUM_LOOPS", 0, "extra visits of the looped layers; 0 = none", within=(0, 16))
+    count: int = knob("NUM_LOOPS", 0, "extra visits of the looped layers; 0 = none", within=(0, 16), on=1)
     first: int = knob("LOOP_START", 3, "first looped layer, counted from 0", within=(0, None), tiny=1)
     last: int = knob("LOOP_END", 5, "last looped layer, itself included", within=(0, None), tiny=1)
     at: float = knob("ENABLE_LOOPING_AT", 0.35, "share of the run before looping", within=(0.0, 1.0))
@@ -213,9 +226,9 @@ class OptimConfig:
                                within=(0, None))
     ns_steps: int = knob("MUON_BACKEND_STEPS", 5, "Muon, Newton-Schulz iterations", within=(1, 20))
     clip: float = knob("GRAD_CLIP_NORM", 0.0, "largest norm of the whole gradient; 0 = no clipping",
-                       within=(0.0, None))
+                       within=(0.0, None), on=0.5)
     ema_decay: float = knob("EMA_DECAY", 0.0, "average of the weights that is shipped; 0 = ship the weights",
-                            within=(0.0, 0.999999))
+                            within=(0.0, 0.999999), on=0.9)
 
     @property
     def ema_on(self) -> bool:
@@ -225,13 +238,13 @@ class OptimConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     warmdown_frac: float = knob("WARMDOWN_FRAC", 0.0, "last fraction of the run with falling rate; 0 = use "
-                                "WARMDOWN_ITERS", within=(0.0, 1.0))
+                                "WARMDOWN_ITERS", within=(0.0, 1.0), on=0.7)
     warmdown_iters: int = knob("WARMDOWN_ITERS", 1200, "last steps, with falling rate, at the measured pace",
                                within=(0, None), tiny=3)
     min_lr: float = knob("MIN_LR", 0.0, "floor of the learning-rate multiplier", within=(0.0, 1.0))
     qat: bool = knob("QAT_ENABLED", False, "train through the quantiser of the artifact from step 0")
     late_qat: float = knob("LATE_QAT_THRESHOLD", 0.0, "train through it once the rate factor is below this",
-                           within=(0.0, 1.0))
+                           within=(0.0, 1.0), on=0.9)
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ class ExportConfig:
     ternary_step: float = knob("TERNARY_SCALE_STEP", 0.0, "ternary scales are powers of 1 + this; 0: float16",
                                within=(0.0, 0.5))
     clip_percentile: float = knob("INT8_CLIP_PERCENTILE", 100.0, "where a row is clipped; 100 = its maximum",
-                                  within=(50.0, 100.0))
+                                  within=(50.0, 100.0), on=99.5)
     scale_floor: float = knob("ROW_SCALE_FLOOR", 0.0, "least quantisation step; naive baseline 1/127",
                               within=(0.0, 1.0))
 
@@ -304,7 +317,7 @@ class ScoringConfig:
     sliding: bool = knob("SLIDING_WINDOW_ENABLED", False, "score a second time with sliding windows")
     stride: int = knob("EVAL_STRIDE", 64, "targets scored per sliding window", within=(1, None), tiny=8)
     max_tokens: int = knob("VAL_MAX_TOKENS", 0, "score only so many targets (partial); 0 = all",
-                           within=(0, None))
+                           within=(0, None), on=1000)
 
 
 # fmt: on
@@ -459,6 +472,23 @@ def read_config(env: dict[str, str]) -> Config:
     return cfg
 
 
+def read_live(env: dict[str, str]) -> dict[str, object]:
+    """The whole configuration of a folded program: knob -> value. Raises UserError where one is not allowed.
+
+    Its `cfg.section.field` are literals by now, or `cfg["SEED"]`, where the environment still decides.
+    """
+    live = {name: parse(env[name].strip(), type(value)) for name, value in LIVE.items()}
+    for name, value in live.items():
+        if value is None or (isinstance(value, int) and not 0 <= value < 2**63):
+            raise UserError(f"{name}={env[name]!r} is not allowed")
+    return live
+
+
+def micro_batches(cfg: Config, ranks: int) -> int:
+    """How many per rank and step."""
+    return cfg.data.accum or cfg.data.spans // ranks
+
+
 def read_knob(f: dataclasses.Field, env: dict[str, str]) -> object:
     if f.metadata["env"] not in env:
         return f.default
@@ -508,23 +538,20 @@ def one_edit_apart(a: str, b: str) -> bool:
 def thawed(env: dict[str, str]) -> dict[str, str]:
     """What a built program runs by: the knobs it was built for, the live ones under the environment's.
 
-    A frozen knob that the recipe does not name is frozen to its default. Raises UserError where the
-    environment wants another value; another spelling of the same value (2, 2.0) is no clash.
+    Raises UserError where the environment wants another value of a frozen knob; another spelling of the
+    same value (2, 2.0) is no clash. The source itself freezes nothing.
     """
-    if SOURCE_STAGE == "source":
-        return env
-    env, recipe, knobs = resolve_aliases(env), read_config({**LIVE_DEFAULTS, **FROZEN}), all_knobs()
-    frozen = {k: v for k, v in knob_values(recipe).items() if knobs[k][0] not in LIVE_SECTIONS}
     clash = [
-        f"{k} is frozen to {v!r}, the environment says {env[k]!r}"
-        for k, v in frozen.items()
-        if read_knob(knobs[k][1], {k: v, **env}) != read_knob(knobs[k][1], {k: v})
+        f"{name} is frozen to {spelled(value)!r}, the environment says {env[name]!r}"
+        for name, value in FROZEN.items()
+        if name in env and parse(env[name].strip(), type(value)) != value
     ]
     if clash:
         raise UserError(
             f"this program was built for another environment: {'; '.join(clash)}; unset or rebuild"
         )
-    return {**LIVE_DEFAULTS, **env, **frozen}
+    held, live = ({name: spelled(value) for name, value in knobs.items()} for knobs in (FROZEN, LIVE))
+    return {**live, **env, **held}
 
 
 def near_misses(env: dict[str, str]) -> list[str]:
@@ -547,10 +574,16 @@ def near_misses(env: dict[str, str]) -> list[str]:
     return lines
 
 
+def spelled(value: object) -> str:
+    """The text that sets a knob to a value."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
 def knob_values(cfg: Config) -> dict[str, str]:
     """Environment name -> the text that sets its present value."""
-    raw = {env: getattr(getattr(cfg, section), f.name) for env, (section, f) in all_knobs().items()}
-    return {env: str(int(v)) if isinstance(v, bool) else str(v) for env, v in raw.items()}
+    if FOLDED:
+        return {env: spelled(value) for env, value in {**FROZEN, **cfg}.items()}
+    return {env: spelled(getattr(getattr(cfg, name), f.name)) for env, (name, f) in all_knobs().items()}
 
 
 def changed_knobs(cfg: Config) -> dict[str, str]:
@@ -561,7 +594,12 @@ def changed_knobs(cfg: Config) -> dict[str, str]:
 
 def identity(cfg: Config) -> dict[str, str]:
     """The knobs that decide the weights or their score: all but the run section's names and paths."""
-    return {env: text for env, text in knob_values(cfg).items() if all_knobs()[env][0] != "run"}
+    return {env: text for env, text in knob_values(cfg).items() if env not in run_knobs(cfg)}
+
+
+@of_config
+def run_knobs(cfg: Config) -> tuple[str, ...]:
+    return tuple(env for env, (section, _) in all_knobs().items() if section == "run")
 
 
 def config_hash(cfg: Config) -> str:
@@ -584,7 +622,7 @@ def shown(value: object) -> str:
 def tiny_env() -> dict[str, str]:
     """The environment of a run of seconds, for tests and for the builder's proof."""
     rows = {env: f.metadata["tiny"] for env, (_, f) in all_knobs().items()}
-    return {env: str(int(v)) if isinstance(v, bool) else str(v) for env, v in rows.items() if v is not None}
+    return {env: spelled(value) for env, value in rows.items() if value is not None}
 
 
 # ======================================================================================
@@ -693,14 +731,12 @@ class Journal:
         if self.dir is not None:
             self.append("trace.jsonl", json.dumps(values))
 
-    def begin(self, clear: bool) -> None:
-        """Take the folder: remove the run it holds, if asked to, and write what was held back."""
+    def begin(self) -> None:
+        """Take the folder and write what was held back."""
         if self.dir is None:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if clear:
-                clear_run(self.dir)
         except OSError as e:
             raise UserError(
                 f"RUN_DIR={self.dir} cannot be written ({e.strerror}); choose another RUN_DIR"
@@ -775,11 +811,14 @@ RUN_FILES = ("train.log", "trace.jsonl", "results.json", "model.ptz", "checkpoin
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a run has written there, and nothing else."""
-    for name in RUN_FILES[:-1]:
-        (folder / name).unlink(missing_ok=True)
-    if (folder / RUN_FILES[-1]).is_dir():
-        shutil.rmtree(folder / RUN_FILES[-1])
+    """Remove what a run has written there, and nothing else. Raises UserError where that cannot be."""
+    try:
+        for name in RUN_FILES[:-1]:
+            (folder / name).unlink(missing_ok=True)
+        if (folder / RUN_FILES[-1]).is_dir():
+            shutil.rmtree(folder / RUN_FILES[-1])
+    except OSError as e:
+        raise UserError(f"RUN_DIR={folder} cannot be cleared ({e.strerror}); choose another RUN_DIR") from e
 
 
 def open_bar(total: int) -> object | None:
@@ -895,10 +934,10 @@ class World:
 def open_world(cfg: Config, env: dict[str, str]) -> World:
     """Join the other ranks (torchrun's variables), open RUN_DIR and the journal. Raises UserError."""
     rank, size, local = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    share = size * cfg.data.micro_batches(size)
+    share = size * micro_batches(cfg, size)
     if share == 0 or cfg.data.spans % share:
         raise UserError(
-            f"WORLD_SIZE={size} x GRAD_ACCUM_STEPS={cfg.data.micro_batches(size)} does not divide the "
+            f"WORLD_SIZE={size} x GRAD_ACCUM_STEPS={micro_batches(cfg, size)} does not divide the "
             f"{cfg.data.spans} spans of a step; change TRAIN_SPANS or the number of ranks"
         )
     device = pick_device(cfg, local)
@@ -912,9 +951,9 @@ def open_world(cfg: Config, env: dict[str, str]) -> World:
 
 
 def pick_device(cfg: Config, local: int) -> torch.device:
+    if cfg.compute.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or auto")
     if cfg.compute.device == "cpu" or not torch.cuda.is_available():
-        if cfg.compute.device == "cuda":
-            raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or auto")
         return torch.device("cpu")
     if local >= torch.cuda.device_count():
         raise UserError(
@@ -927,7 +966,6 @@ def pick_device(cfg: Config, local: int) -> torch.device:
 
 
 def close_world(world: World) -> None:
-    world.journal.close_bar()
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -939,8 +977,7 @@ def choose_run_dir(cfg: Config) -> Path:
     """
     name = cfg.run.id or time.strftime("%Y%m%d_%H%M%S") + f"_{os.getpid()}"
     folder = Path(cfg.run.dir or f"runs/{name}")
-    home = Path(cfg.run.artifact or folder / "model.ptz").resolve().parent
-    if cfg.run.eval_only and home == folder.resolve():
+    if cfg.run.eval_only and Path(cfg.run.artifact or folder / "x").resolve().parent == folder.resolve():
         folder = folder / time.strftime("eval_%Y%m%d_%H%M%S")
     used = any((folder / name).exists() for name in RUN_FILES)
     if used and not (cfg.run.resume or cfg.run.overwrite):
@@ -949,6 +986,13 @@ def choose_run_dir(cfg: Config) -> Path:
             f"it or OVERWRITE=1 to clear it"
         )
     return folder
+
+
+def open_journal(cfg: Config, world: World) -> None:
+    """From here on the run writes: what it was asked to write over goes. Raises UserError on all ranks."""
+    if cfg.run.overwrite and not cfg.run.resume:
+        world.share(lambda: clear_run(world.run_dir))
+    world.share(world.journal.begin)
 
 
 # ======================================================================================
@@ -1335,7 +1379,7 @@ class Loader:
         self.ready: dict[int, Future] = {}
 
     def host_batches(self, step: int) -> list[Batch]:
-        count = self.cfg.data.micro_batches(self.world.size)
+        count = micro_batches(self.cfg, self.world.size)
         each = self.cfg.data.spans // (self.world.size * count)
         firsts = [(m * self.world.size + self.world.rank) * each for m in range(count)]
         groups = [[self.spans.span(step, i) for i in range(first, first + each)] for first in firsts]
@@ -1637,15 +1681,16 @@ def attend_torch(
     return varlen(q[0], k[0], v[0], docs, docs, longest, longest)[None]
 
 
-def pick_attention(device: torch.device, dtype: torch.dtype, compiling: bool) -> tuple[str, Callable]:
-    """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA."""
-    if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
-        return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, attend_segments_ref))
-    if device.type == "cpu":
-        blocked = compiling and dtype == torch.bfloat16  # in float32 torch's backward is as good
-        kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked))
-        return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
-    plain = functools.partial(attend_sdpa, (sdpa, attend_segments_ref))
+def pick_attention(
+    device: torch.device, dtype: torch.dtype, compiling: bool, packing: bool = True, gpu: bool = False
+) -> tuple[str, Callable]:
+    """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA.
+
+    Without packing no batch has segments, and no kernel for them is wanted; with `gpu` none for a CPU is.
+    """
+    if not gpu and device.type != "cuda":
+        return host_attention(device, compiling and dtype == torch.bfloat16, packing)
+    plain = functools.partial(attend_sdpa, (sdpa, attend_segments_ref if packing else None))
     if dtype == torch.float32:
         return "sdpa", plain
     with contextlib.suppress(ImportError):
@@ -1657,12 +1702,22 @@ def pick_attention(device: torch.device, dtype: torch.dtype, compiling: bool) ->
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         return "flash-attn-2", functools.partial(attend_flash, (flash_attn_func, flash_attn_varlen_func))
-    with contextlib.suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
+    if packing:
+        with contextlib.suppress(ImportError):
+            from torch.nn.attention.varlen import varlen_attn
 
-        varlen = functools.partial(varlen_attn, **varlen_options(varlen_attn))
-        return "torch-varlen", functools.partial(attend_torch, varlen)
+            varlen = functools.partial(varlen_attn, **varlen_options(varlen_attn))
+            return "torch-varlen", functools.partial(attend_torch, varlen)
     return "sdpa", plain
+
+
+def host_attention(device: torch.device, blocked: bool, packing: bool) -> tuple[str, Callable]:
+    """Attention on a CPU; in float32 torch's backward is as good as ours by blocks."""
+    if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
+        inside = attend_segments_ref if packing else None
+        return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
+    kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
+    return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
 
 
 def varlen_options(varlen: Callable) -> dict:
@@ -2826,7 +2881,10 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, world: World) -> None:
         super().__init__()
         self.cfg, self.fast = cfg, False
-        self.attention_name, attend = pick_attention(world.device, world.dtype, world.compiling)
+        gpu = cfg.compute.device == "cuda" and not cfg.run.forecast
+        self.attention_name, attend = pick_attention(
+            world.device, world.dtype, world.compiling, cfg.data.packing, gpu
+        )
         self.embed = Embed(cfg, world.dtype)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.model.layers))
         skips = max(layer_plan(cfg, n).skips for n in (0, cfg.loop.count))
@@ -2851,7 +2909,9 @@ class GPT(nn.Module):
         """Embed, go down the encoder, come up the decoder with skips, normalise: (B,T) -> (B,T,D)."""
         x0 = norm(self.embed(ctx))
         x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
-        if ctx.docs is not None:  # as many boundaries as documents: the one shape that varies
+        if (
+            self.cfg.data.packing and ctx.docs is not None
+        ):  # as many boundaries as documents: the one shape that varies
             torch._dynamo.mark_dynamic(ctx.docs, 0)
         ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.model.head_dim, self.cfg.model.rope_base, x))
         plan, kept, aux = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX
@@ -2903,9 +2963,7 @@ def activation_bytes(cfg: Config, world: World) -> int:
             kept[t.untyped_storage()._cdata] = t
         return t
 
-    rows = (
-        cfg.data.span * cfg.data.spans // (cfg.data.micro_batches(world.size) * world.size * cfg.data.seq_len)
-    )
+    rows = cfg.data.span * cfg.data.spans // (micro_batches(cfg, world.size) * world.size * cfg.data.seq_len)
     tokens = torch.zeros(max(rows, 1), cfg.data.seq_len, dtype=torch.int64, device="meta")
     ctx = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg))
     nowhere = dataclasses.replace(world, device=torch.device("meta"))
@@ -2961,7 +3019,7 @@ def probe(cfg: Config, world: World, dtype: torch.dtype, compiling: bool) -> flo
 def choose_speed(cfg: Config, world: World) -> World:
     """Fill in the world's dtype and compile setting; on a CPU `auto` is decided by measurement."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if world.device.type == "cuda":
+    if cfg.compute.device == "cuda" or world.device.type == "cuda":
         old = torch.cuda.get_device_capability(world.device)[0] < 8
         if old and cfg.compute.dtype != "float32":
             world.log("dtype:float32 this device has no bfloat16 arithmetic (compute capability below 8.0)")
@@ -3001,6 +3059,7 @@ def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -
 # ======================================================================================
 
 
+@of_config
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
     return {"nll": 1.0}
@@ -3145,15 +3204,14 @@ class Average:
     def __init__(self, model: GPT, decay: float) -> None:
         self.decay = decay
         self.live = dict(model.named_parameters())
-        self.mean = {name: p.detach().clone() for name, p in self.live.items()} if decay > 0 else {}
+        self.mean = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:
-        if self.mean:
-            means = list(self.mean.values())
-            steps = torch._foreach_sub([self.live[name].detach() for name in self.mean], means)
-            torch._foreach_mul_(steps, (1.0 - self.decay) * ok.float())
-            torch._foreach_add_(means, steps)
+        means = list(self.mean.values())
+        steps = torch._foreach_sub([self.live[name].detach() for name in self.mean], means)
+        torch._foreach_mul_(steps, (1.0 - self.decay) * ok.float())
+        torch._foreach_add_(means, steps)
 
     @torch.no_grad()
     def ship(self) -> None:
@@ -3184,8 +3242,7 @@ def reduce_gradients(model: GPT, loss: Tensor, world: World) -> Tensor:
 
 def clip_gradients(model: GPT, norm: Tensor, limit: float) -> None:
     """Scale the whole gradient to at most `limit`; after averaging, so alike on any number of ranks."""
-    if limit > 0:
-        torch._foreach_mul_([p.grad for p in model.parameters()], (limit / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_([p.grad for p in model.parameters()], (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 # ======================================================================================
@@ -3415,7 +3472,7 @@ class Trainer:
         self.model, self.loader, self.cfg, self.world, self.source = model, loader, cfg, world, source
         self.optimizer = Optimizer(model, cfg, world)
         self.optimizer.prime()
-        self.average = Average(model, cfg.optim.ema_decay)
+        self.average = Average(model, cfg.optim.ema_decay) if cfg.optim.ema_on else None
         self.state = TrainState()
         self.clock, self.looping = Clock(cfg, world, 0.0), False
         self.reports: deque[Report] = deque()
@@ -3424,21 +3481,28 @@ class Trainer:
         """Every live tensor that a step changes, by name."""
         model = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         optimizer = {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
-        return model | optimizer | {f"average.{name}": t for name, t in self.average.mean.items()}
+        means = self.average.mean if self.cfg.optim.ema_on else {}
+        return model | optimizer | {f"average.{name}": t for name, t in means.items()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the live tensors. Raises UserError where they are not the same ones."""
         lives = self.tensors()
-        shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (lives, tensors)]
-        wrong = [n for n in sorted({*lives, *tensors}) if shapes[0].get(n) != shapes[1].get(n)]
-        if wrong:
-            raise UserError(
-                f"the checkpoint has {wrong[0]} as {shapes[1].get(wrong[0])}, this program as "
-                f"{shapes[0].get(wrong[0])}: another version wrote it; continue with that version"
-            )
+        if self.cfg.run.resume:
+            refuse_other_tensors(lives, tensors)
         for name, live in lives.items():
             live.copy_(tensors[name])
+
+
+def refuse_other_tensors(lives: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raise UserError naming the first tensor that a checkpoint has otherwise than this program."""
+    shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (lives, saved)]
+    wrong = [n for n in sorted({*lives, *saved}) if shapes[0].get(n) != shapes[1].get(n)]
+    if wrong:
+        raise UserError(
+            f"the checkpoint has {wrong[0]} as {shapes[1].get(wrong[0])}, this program as "
+            f"{shapes[0].get(wrong[0])}: another version wrote it; continue with that version"
+        )
 
 
 def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
@@ -3456,9 +3520,11 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
         loss += terms["nll"].detach() / len(batches)
     norm = reduce_gradients(t.model, loss, t.world)
     ok = torch.isfinite(loss) & torch.isfinite(norm)
-    clip_gradients(t.model, norm, t.cfg.optim.clip)
+    if t.cfg.optim.clip > 0:
+        clip_gradients(t.model, norm, t.cfg.optim.clip)
     t.optimizer.step(phase, ok)
-    t.average.update(ok)
+    if t.cfg.optim.ema_on:
+        t.average.update(ok)
     return torch.stack([loss, norm, ok.float()])
 
 
@@ -3521,6 +3587,13 @@ def save(t: Trainer) -> None:
     t.world.log(f"checkpoint:saved step:{t.state.step} train_time:{t.clock.elapsed() * 1000:.0f}ms")
 
 
+def save_if_due(t: Trainer, heard: Reading) -> None:
+    if heard.save:
+        with t.clock.paused():
+            save(t)
+            t.clock.saved = t.clock.now()
+
+
 def resume(t: Trainer, found: Checkpoint) -> None:
     """Put the trainer where a checkpoint left it; the clock goes on from the seconds already spent."""
     meta = found.meta
@@ -3542,6 +3615,25 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     t.world.log(f"resumed:1 step:{t.state.step} train_time:{meta['seconds'] * 1000:.0f}ms")
 
 
+def find_checkpoint(loader: Loader, cfg: Config, world: World) -> Checkpoint | None:
+    """RESUME=1: the newest readable checkpoint, if it is of this configuration and of these shards."""
+    found = world.share(lambda: load_checkpoint(world.run_dir / "checkpoints", world.log))
+    if found:
+        refuse_other_run(found.meta, cfg, loader.shards.fingerprint())
+    return found
+
+
+def resumed_speed(found: Checkpoint | None, cfg: Config, world: World) -> World:
+    """The world with the dtype and compile setting of the checkpoint, or chosen anew where there is none."""
+    if found:
+        dtype = CHECKPOINT_DTYPES[found.meta["dtype"]]
+        return dataclasses.replace(world, dtype=dtype, compiling=found.meta["compiling"])
+    world = choose_speed(cfg, world)
+    world.log(f"resume: no checkpoint in {world.run_dir / 'checkpoints'} yet; starting at step 0")
+    world.journal.cut_trace(0)
+    return world
+
+
 def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
     """Run to ITERATIONS, to the last step that ends before the cap, or until a rank is asked to stop.
 
@@ -3554,10 +3646,8 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
         t.state.finished = t.state.step >= t.cfg.budget.iterations or not t.clock.ends_in_time()
         if t.state.finished or heard.stop:
             break
-        if heard.save:
-            with t.clock.paused():
-                save(t)
-                t.clock.saved = t.clock.now()
+        if t.cfg.run.saves:
+            save_if_due(t, heard)
         take_step(t, Progress(t.state.step, heard.seconds, t.clock.reserve))
         if t.cfg.run.val_every and t.state.step % t.cfg.run.val_every == 0:
             with t.clock.paused():
@@ -3591,7 +3681,7 @@ def calibrate(t: Trainer) -> dict[str, Tensor]:
 def take_step(t: Trainer, now: Progress) -> None:
     """Step, count, and leave the figures on their way to the host; those of the step before are reported."""
     phase = phase_at(now, t.cfg)
-    if phase.loops and not t.looping:
+    if t.cfg.loop.on and phase.loops and not t.looping:
         t.world.log(f"layer_loop:enabled step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
     t.looping = phase.loops > 0
     figures = train_step(t, t.loader.batches(t.state.step), phase)
@@ -3632,8 +3722,10 @@ def report(t: Trainer, r: Report) -> None:
         )
     if done == 10:
         t.world.log(f"projected_steps:{expected} step_ms:{statistics.median(t.clock.times) * 1000:.1f}")
-    speed = done * t.cfg.data.batch_tokens / max(spent, 1e-9)
-    t.world.journal.progress(done, expected, f"loss {loss:.4f} {speed:,.0f} tok/s, about {expected} steps")
+    if t.cfg.run.progress:
+        speed = done * t.cfg.data.batch_tokens / max(spent, 1e-9)
+        note = f"loss {loss:.4f} {speed:,.0f} tok/s, about {expected} steps"
+        t.world.journal.progress(done, expected, note)
 
 
 # ======================================================================================
@@ -3654,6 +3746,7 @@ class Artifact(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+@of_config
 def shape_knobs(cfg: Config) -> dict[str, str]:
     """The knobs that decide what the weights mean, where they differ from their defaults.
 
@@ -3823,7 +3916,7 @@ def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
         header = json.loads(brotli.decompress(header))
     except (ValueError, brotli.error) as e:
         raise UserError(f"{what} has a header that cannot be read ({e}); export it again") from e
-    if not well_formed(header):
+    if not FOLDED and not well_formed(header):  # a built program opens what it has written
         raise UserError(f"{what} has a header that this program would not write; export it again")
     return header, payload
 
@@ -3983,6 +4076,7 @@ def coder_word(cfg: Config) -> str:
     return "rans" if cfg.size.compressor == "auto" else cfg.size.compressor
 
 
+@of_config
 def scheme(cfg: Config) -> str:
     """The artifact's codec in score tags: int6_rans, ternary_rans, float16_brotli."""
     integer = "float16" if cfg.export.matrix_bits == 16 else f"int{cfg.export.matrix_bits}"
@@ -4024,7 +4118,7 @@ def window_edges(targets: int, length: int, stride: int) -> tuple[np.ndarray, np
 
 def rows_per_forward(width: int, cfg: Config, world: World) -> int:
     """Windows in one evaluation forward of one rank: VAL_BATCH_TOKENS shared out as a training step is."""
-    return max(1, cfg.scoring.batch_tokens // (world.size * cfg.data.micro_batches(world.size) * width))
+    return max(1, cfg.scoring.batch_tokens // (world.size * micro_batches(cfg, world.size) * width))
 
 
 @torch.no_grad()
@@ -4106,8 +4200,6 @@ def evaluate(
 
 def write_nats(nats: np.ndarray, cfg: Config, world: World) -> None:
     """NLL_PATH: the nats of every target in stream order, float32, for audits."""
-    if not cfg.run.nll_path:
-        return
     parts = world.gather(nats)
     if world.main:
         buffer = io.BytesIO()
@@ -4132,7 +4224,7 @@ def score_artifact(blob: bytes, val: Validation, cfg: Config, world: World) -> d
             f"final_{scheme(cfg)}_{tags[name][1]} val_loss:{scores[name].val_loss:.8f} "
             f"val_bpb:{scores[name].val_bpb:.8f}" + " partial" * scores[name].partial
         )
-        if name == cfg.run.score:
+        if cfg.run.nll_path and name == cfg.run.score:
             write_nats(nats, cfg, world)
     return scores
 
@@ -4184,7 +4276,7 @@ def log_header(facts: Facts, cfg: Config, world: World) -> None:
     )
     journal.log(
         "\n".join(
-            f"knob:{env}={text}{' (changed)' if env in changed_knobs(cfg) else ''}"
+            f"knob:{env}={text}" + ("" if FOLDED or env not in changed_knobs(cfg) else " (changed)")
             for env, text in knob_values(cfg).items()
         ),
         file_only=True,
@@ -4201,7 +4293,7 @@ def log_header(facts: Facts, cfg: Config, world: World) -> None:
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.run.tokenizer}",
         f"train_loader:dataset:{folder.name} train_shards:{len(shards)}",
         f"val_loader:shards pattern={folder}/fineweb_val_*.bin tokens:{token_count(cfg, 'val') - 1}",
-        f"world_size:{world.size} grad_accum_steps:{cfg.data.micro_batches(world.size)} device:{device} "
+        f"world_size:{world.size} grad_accum_steps:{micro_batches(cfg, world.size)} device:{device} "
         f"dtype:{str(world.dtype).removeprefix('torch.')} compile:{int(world.compiling)}",
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
         f"iterations:{cfg.budget.iterations} warmup_steps:{cfg.budget.warmup_steps} "
@@ -4213,12 +4305,8 @@ def log_header(facts: Facts, cfg: Config, world: World) -> None:
 
 def log_plan(model: GPT, cfg: Config, world: World) -> None:
     """What is about to be trained and what it should cost, before the first step."""
-    count = param_count(model)
-    # weights, gradients, and two moments each (Muon keeps one, and as much again in flight), the average
-    held = 4 * count * (4 + cfg.optim.ema_on)
-    kept = activation_bytes(cfg, world)
     embed_lr = cfg.optim.tied_embed_lr if cfg.model.tied else cfg.optim.embed_lr
-    world.log(f"model_params:{count}")
+    world.log(f"model_params:{param_count(model)}")
     world.log(
         f"attention_mode:gqa num_heads:{cfg.model.heads} num_kv_heads:{cfg.model.kv_heads} "
         f"backend:{model.attention_name}"
@@ -4229,6 +4317,15 @@ def log_plan(model: GPT, cfg: Config, world: World) -> None:
         f"scalar_lr:{cfg.optim.scalar_lr}"
     )
     refuse_hopeless_size(cfg, world)
+    if cfg.run.forecast:
+        log_forecast(param_count(model), cfg, world)
+
+
+def log_forecast(count: int, cfg: Config, world: World) -> None:
+    """What the run is going to take, of the budget and of memory."""
+    # weights, gradients, and two moments each (Muon keeps one, and as much again in flight), the average
+    held = 4 * count * (4 + cfg.optim.ema_on)
+    kept = activation_bytes(cfg, world)
     world.log(
         f"forecast: params:{count} artifact_bytes:{predicted_bytes(cfg, world)} of {SIZE_LIMIT} "
         f"peak_tensor_memory:{(held + kept) / 2**20:.0f} MiB (weights and moments {held / 2**20:.0f}, "
@@ -4342,29 +4439,18 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 # ======================================================================================
 # 22. Main -- the story on one page
-# uses: Config Schedule Journal World Clock Data Model Checkpoint Calibrate Train Export Evaluate Report
+# uses: Config Schedule Journal World Clock Data Model Calibrate Train Export Evaluate Report
 # ======================================================================================
 
 
 def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> Trainer:
     """A trainer at step 0, or where the newest readable checkpoint left it."""
     shape_knobs(cfg)  # raises now rather than after ten minutes of training
-    folder = world.run_dir / "checkpoints"
-    found = world.share(lambda: load_checkpoint(folder, world.log)) if cfg.run.resume else None
     loader = Loader(cfg, world, tokenizer.bos)
     list_shards(Path(cfg.run.data), "val")
-    if found:
-        refuse_other_run(found.meta, cfg, loader.shards.fingerprint())
-    world.share(lambda: world.journal.begin(cfg.run.overwrite and not cfg.run.resume))
-    if found:
-        world = dataclasses.replace(
-            world, dtype=CHECKPOINT_DTYPES[found.meta["dtype"]], compiling=found.meta["compiling"]
-        )
-    else:
-        world = choose_speed(cfg, world)
-        if cfg.run.resume:
-            world.log(f"resume: no checkpoint in {folder} yet; starting at step 0")
-            world.journal.cut_trace(0)
+    found = find_checkpoint(loader, cfg, world) if cfg.run.resume else None
+    open_journal(cfg, world)
+    world = resumed_speed(found, cfg, world) if cfg.run.resume else choose_speed(cfg, world)
     model = make_fast(make_model(cfg, world), world)
     t = Trainer(model, loader, cfg, world, facts.sha256)
     log_header(facts, cfg, world)
@@ -4376,7 +4462,7 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
         warm_evaluation(model, tokenizer.bos, cfg, world)
         if cfg.gptq.on:
             t.clock.keep(measured_reserve(model, loader, cfg, world))
-    if found:
+    if cfg.run.resume and found:
         resume(t, found)
     return t
 
@@ -4398,16 +4484,16 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
         log_weighed_bytes(t.model, facts.code_bytes, cfg, world)
 
-    with stop_on_signal(t.clock), world.journal.phase("train"):
-        train(t, validate)
-        save(t)
-        asked = any(world.gather(t.clock.interrupted))  # also in the last step, also on another rank
-    world.journal.close_bar()
-    if asked or not t.state.finished:
+    with world.journal.phase("train"):
+        asked = train_and_save(t, validate) if cfg.run.saves else train(t, validate)
+    if cfg.run.progress:
+        world.journal.close_bar()
+    if cfg.run.saves and (asked or not t.state.finished):
         t.loader.close()
         world.log(f"interrupted: saved at step {t.state.step}; RESUME=1 RUN_DIR={world.run_dir} continues")
         return None
-    t.average.ship()
+    if cfg.optim.ema_on:
+        t.average.ship()
     with world.journal.phase("calibrate"):
         hessians = calibrate(t) if cfg.gptq.on else {}
     t.loader.close()
@@ -4417,11 +4503,19 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     return blob
 
 
+def train_and_save(t: Trainer, validate: Callable[[int, float], None]) -> bool:
+    """Train until done or until a signal, and leave a checkpoint; whether any rank was asked to stop."""
+    with stop_on_signal(t.clock):
+        train(t, validate)
+        save(t)
+        return any(t.world.gather(t.clock.interrupted))  # also in the last step, also on another rank
+
+
 def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> None:
     """EVAL_ONLY=1: score an artifact that some run has written, or print text drawn from it."""
     world, what = choose_speed(cfg, world), cfg.run.artifact or world.run_dir.parent / "model.ptz"
     list_shards(Path(cfg.run.data), "val")  # raises before anything is written
-    world.share(lambda: world.journal.begin(cfg.run.overwrite))
+    open_journal(cfg, world)
     blob = Path(what).read_bytes()
     log_header(facts, cfg, world)
     log_sizes(blob, facts, cfg, world)
@@ -4450,7 +4544,7 @@ def story(cfg: Config, doubts: list[str], world: World) -> int:
         world.log("precompiled: the graphs of this configuration are in the compile cache")
         return 0
     blob = train_and_ship(t, val, facts)
-    if blob is None:
+    if cfg.run.saves and blob is None:
         return 128 + signal.SIGTERM
     with t.world.journal.phase("eval_pre_quant"):
         before, _ = evaluate(t.model, val(), cfg.eval_len, cfg, t.world)
@@ -4460,12 +4554,17 @@ def story(cfg: Config, doubts: list[str], world: World) -> int:
     return 0
 
 
+def with_artifact(env: dict[str, str]) -> dict[str, str]:
+    """With EVAL_ONLY=1, the environment and the shape of the model that the artifact holds."""
+    if not parse(env.get("EVAL_ONLY", "0"), bool):
+        return env
+    home = Path(env.get("RUN_DIR") or f"runs/{env.get('RUN_ID', '')}")
+    return artifact_env(Path(env.get("ARTIFACT") or home / "model.ptz"), env)
+
+
 def run(env: dict[str, str]) -> int:
     """Read the configuration, join the world, tell the story. Raises UserError."""
-    if parse(env.get("EVAL_ONLY", "0"), bool):
-        home = Path(env.get("RUN_DIR") or f"runs/{env.get('RUN_ID', '')}")
-        env = artifact_env(Path(env.get("ARTIFACT") or home / "model.ptz"), env)
-    cfg, doubts = read_config(env), near_misses(env)
+    cfg, doubts = (read_live(env), []) if FOLDED else (read_config(with_artifact(env)), near_misses(env))
     if cfg.run.strict and doubts:
         raise UserError("; ".join(doubts))
     world = open_world(cfg, env)
@@ -4476,22 +4575,23 @@ def run(env: dict[str, str]) -> int:
         world.journal.log(f"error: {e}", file_only=True)
         raise
     finally:
+        if cfg.run.progress:
+            world.journal.close_bar()
         close_world(world)
 
 
 def command(env: dict[str, str], words: list[str]) -> int:
     """Do what the command line asks for; without words, the run. Returns the exit status."""
-    if words not in ([], ["--knobs"], ["--params"]):
-        raise UserError(
-            f"unknown words {' '.join(words)!r}; want --knobs, --params or none (knobs are variables)"
-        )
-    if words == ["--knobs"]:
+    if not FOLDED and words == ["--knobs"]:
         print(knob_table())
         return 0
-    if words == ["--params"]:
+    if not FOLDED and words == ["--params"]:
         alone = World(0, 1, torch.device("cpu"), torch.float32, False, Journal(None), Path())
         print(f"model_params:{param_count(empty_model(read_config(env), alone))}")
         return 0
+    if words:
+        known = "none: the program is built" if FOLDED else "--knobs, --params or none (knobs are variables)"
+        raise UserError(f"unknown words {' '.join(words)!r}; want {known}")
     return run(env)
 
 

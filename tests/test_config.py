@@ -337,12 +337,16 @@ def test_words_on_the_command_line_are_refused():
 
 def test_built_program_keeps_its_knobs_and_hears_the_live_ones(monkeypatch):
     assert train_gpt.thawed({"SEED": "1", "MODEL_DIM": "65"}) == {"SEED": "1", "MODEL_DIM": "65"}
-    monkeypatch.setattr(train_gpt, "SOURCE_STAGE", "frozen")
-    monkeypatch.setattr(train_gpt, "FROZEN", {"MODEL_DIM": "64"})
-    monkeypatch.setattr(train_gpt, "LIVE_DEFAULTS", {"SEED": "5"})
-    env = train_gpt.thawed({"MLP_MULT": "2", "HOME": "/"})  # 2 is 2.0
+    frozen = {"MODEL_DIM": 64, "NUM_LAYERS": 9, "MLP_MULT": 2.0, "DOC_PACKING": True}
+    monkeypatch.setattr(train_gpt, "FROZEN", frozen)
+    monkeypatch.setattr(train_gpt, "LIVE", {"SEED": 5, "RUN_ID": ""})
+    env = train_gpt.thawed({"MLP_MULT": "2", "DOC_PACKING": "yes", "HOME": "/"})  # 2 is 2.0
     assert (env["MODEL_DIM"], env["NUM_LAYERS"], env["SEED"], env["HOME"]) == ("64", "9", "5", "/")
+    assert (env["DOC_PACKING"], env["RUN_ID"]) == ("1", "")
     assert train_gpt.thawed({"SEED": "1"})["SEED"] == "1"
+    assert train_gpt.read_live(env) == {"SEED": 5, "RUN_ID": ""}
+    with pytest.raises(UserError, match="SEED='-1' is not allowed"):
+        train_gpt.read_live(env | {"SEED": "-1"})
     for name, text, held in (("MODEL_DIM", "65", "64"), ("NUM_LAYERS", "3", "9")):
         with pytest.raises(UserError, match=f"{name} is frozen to '{held}', the environment says '{text}'"):
             train_gpt.thawed({name: text})
@@ -358,7 +362,7 @@ def test_published_command_line_gives_a_config_without_doubts():
     cfg = read_config(BASELINE)
     assert cfg.scoring.batch_tokens == 524_288
     assert (cfg.model.layers, cfg.model.dim, cfg.model.heads, cfg.model.kv_heads) == (9, 512, 8, 4)
-    assert (cfg.data.span, cfg.data.micro_batches(8), cfg.data.micro_batches(1)) == (65_536, 1, 8)
+    assert (cfg.data.span, train_gpt.micro_batches(cfg, 8), train_gpt.micro_batches(cfg, 1)) == (65_536, 1, 8)
 
 
 def test_baseline_env_file_is_the_published_command_line():

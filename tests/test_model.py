@@ -453,7 +453,7 @@ def saved_bytes(cfg: Config, dtype: torch.dtype) -> int:
         kept[t.untyped_storage().data_ptr()] = t
         return t
 
-    rows = cfg.data.batch_tokens // cfg.data.micro_batches(1) // cfg.data.seq_len
+    rows = cfg.data.batch_tokens // train_gpt.micro_batches(cfg, 1) // cfg.data.seq_len
     tokens = tokens_of(rows, cfg.data.seq_len, cfg)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         total, _ = objective(model, Batch(tokens, tokens, None), final_phase(cfg), cfg)
@@ -475,7 +475,7 @@ def test_forecast_of_activations_is_within_30_percent_of_what_is_kept(knobs, dty
     """The loss's chunk of logits is added to the forecast: it lives while the activations do."""
     cfg = config(**knobs)
     kept = saved_bytes(cfg, dtype)
-    rows = cfg.data.batch_tokens // cfg.data.micro_batches(1)
+    rows = cfg.data.batch_tokens // train_gpt.micro_batches(cfg, 1)
     logits = 12 * chunk_rows(rows, cfg.model.vocab) * cfg.model.vocab
     forecast = activation_bytes(cfg, lone(dtype)) - logits
     print(f"kept {kept:,} bytes, forecast {forecast:,}: {forecast / kept - 1:+.0%}")

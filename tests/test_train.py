@@ -244,6 +244,7 @@ EFFECTS = {
     "DATA_PATH": Effect({"DATA_PATH": "{other}"}),
     "TOKENIZER_PATH": Effect({"TOKENIZER_PATH": "{other}/tokenizer.model"}),
     "STRICT": Effect({"STRICT": 1}, {"MODEL_DIMS": 64}, error),
+    "FORECAST": Effect({"FORECAST": 0}, seen=lambda run: len(run.lines("forecast:"))),
     "CHECKPOINT_EVERY": Effect(
         {"CHECKPOINT_EVERY": 1e-6}, seen=lambda run: len(run.lines("checkpoint:saved"))
     ),
@@ -313,6 +314,7 @@ EFFECTS = {
 }
 
 EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
+    "PROGRESS": "test_output.py: it shows a bar on a terminal, and here is none",
     "RUN_DIR": "every run of this file sets it and finds its files there",
     "OVERWRITE": "test_used_folder_is_cleared_only_when_asked: it takes two runs in one folder",
     "RESUME": "test_resume.py: it takes a run that was stopped",

@@ -36,7 +36,15 @@ LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1}
 MODELS = [
     {}, {"MATRIX_BITS": 6}, {"MATRIX_BITS": 16, "EMBED_BITS": 6, "TIE_EMBEDDINGS": 0},
     {"INT8_CLIP_PERCENTILE": 95, "ROW_SCALE_FLOOR": 0.001, **LOOPS}, {"EMBED_BITS": 16, "DOC_PACKING": 1},
+    {"MATRIX_BITS": 5, "ATTN_CLIP_SIGMAS": 4, "MLP_CLIP_SIGMAS": 5, "EMBED_BITS": 7, "EMBED_CLIP_SIGMAS": 6},
+    {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp8", "TERNARY_GROUP": 24},
+    {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp4", "TERNARY_SCALE_STEP": 0.04},
+    {"MATRIX_CODEC": "fp4", "EMBED_CODEC": "ternary", "TIE_EMBEDDINGS": 0},
 ]  # fmt: skip
+
+
+def blob_of(model: torch.nn.Module, cfg: Config) -> bytes:
+    return export(model, cfg).blob
 
 
 def halved(model: torch.nn.Module) -> torch.nn.Module:
@@ -60,17 +68,18 @@ def test_loaded_artifact_answers_as_the_live_model_in_its_quantised_phase(knobs,
     """Bit for bit, in both modes of the loss."""
     cfg, world = config(**knobs), lone(dtype)
     model, tokens = halved(scrambled(cfg, dtype)), tokens_of(2, 33, cfg)
-    shipped = load(export(model, cfg), cfg, world, "the artifact").eval()
+    shipped = load(blob_of(model, cfg), cfg, world, "the artifact").eval()
     live = PLAIN._replace(qat=True, loops=cfg.loop.count)
     pair = tokens[:, :-1], tokens[:, 1:]
     assert torch.equal(nats(shipped, *pair), nats(model, *pair, phase=live))
     assert cfg.export.matrix_bits == 16 or not torch.equal(nats(shipped, *pair), nats(model, *pair))
 
 
-def test_every_parameter_ships_by_its_tag():
-    cfg = config(MATRIX_BITS=6, TIE_EMBEDDINGS=0)
+@pytest.mark.parametrize("knobs", MODELS, ids=str)
+def test_every_parameter_ships_by_its_tag(knobs):
+    cfg = config(**knobs)
     model = scrambled(cfg)
-    held = open_artifact(export(model, cfg), cfg, lone(), "the artifact")
+    held = open_artifact(blob_of(model, cfg), cfg, lone(), "the artifact")
     for name, tag in param_tags(model).items():
         assert torch.equal(held.tensors[name], tag.codec.fake_quant(model.get_parameter(name).detach()))
         assert held.tensors[name].shape == model.get_parameter(name).shape
@@ -78,8 +87,8 @@ def test_every_parameter_ships_by_its_tag():
 
 def test_artifact_is_the_same_every_time():
     cfg = config(MATRIX_BITS=6)
-    assert export(scrambled(cfg), cfg) == export(scrambled(cfg), cfg)
-    assert export(scrambled(cfg), cfg) != export(scrambled(cfg, seed=1), cfg)
+    assert blob_of(scrambled(cfg), cfg) == blob_of(scrambled(cfg), cfg)
+    assert blob_of(scrambled(cfg), cfg) != blob_of(scrambled(cfg, seed=1), cfg)
 
 
 def test_artifact_of_another_process_is_the_same(tmp_path, toy_data):
@@ -93,7 +102,7 @@ def test_artifact_of_another_process_is_the_same(tmp_path, toy_data):
 
 def test_matrices_of_a_kind_stand_side_by_side():
     cfg = config(NUM_LAYERS=11)
-    header, _ = read_artifact_header(export(make_model(cfg, lone()), cfg), "the artifact")
+    header, _ = read_artifact_header(blob_of(make_model(cfg, lone()), cfg), "the artifact")
     names = [name for name, _, _ in header["tensors"]]
     kinds = ["".join(c for c in name if not c.isdigit()) for name in names]
     assert len([kind for kind, _ in itertools.groupby(kinds)]) == len(set(kinds))
@@ -108,7 +117,7 @@ def test_matrices_of_a_kind_stand_side_by_side():
 
 def written(folder: Path, cfg: Config) -> Path:
     path = folder / "model.ptz"
-    path.write_bytes(export(make_model(cfg, lone()), cfg))
+    path.write_bytes(blob_of(make_model(cfg, lone()), cfg))
     return path
 
 
@@ -142,7 +151,7 @@ def test_header_of_a_record_is_within_its_400_bytes():
     small = read_config(
         RECORD | {"MODEL_DIM": "16", "VOCAB_SIZE": "320", "NUM_LAYERS": "6", "MLP_MULT": "1.5"}
     )
-    header, _ = read_artifact_header(export(make_model(small, lone()), small), "the artifact")
+    header, _ = read_artifact_header(blob_of(make_model(small, lone()), small), "the artifact")
     assert header["knobs"] == shape_knobs(small)
 
 
@@ -167,7 +176,7 @@ def test_too_many_shape_knobs_are_refused_before_training(tmp_path, toy_data):
 
 def test_damaged_artifact_is_refused_in_words():
     cfg = config()
-    blob = export(make_model(cfg, lone()), cfg)
+    blob = blob_of(make_model(cfg, lone()), cfg)
     for at in range(0, len(blob), 97):
         damaged = bytearray(blob)
         damaged[at] ^= 0x10
@@ -183,12 +192,12 @@ def test_damaged_artifact_is_refused_in_words():
     [
         ({"NUM_LAYERS": 4}, r"blocks\.3\.attn\.c_k\.weight is None there and \['int8', \[16, 32\]\] here"),
         ({"MODEL_DIM": 48}, r"weight is \['int8', \[16, 32\]\] there and \['int8', \[24, 48\]\] here"),
-        ({"MATRIX_BITS": 6}, r"\['int8', .*and \['int6'"),
+        ({"MATRIX_CODEC": "fp8"}, r"\['int8', .*and \['fp8'"),
         ({"TIE_EMBEDDINGS": 0}, "head.weight is None there"),
     ],
 )  # fmt: skip
 def test_artifact_of_another_model_is_refused_by_the_tensor_that_differs(knobs, words):
-    blob = export(make_model(config(), lone()), config())
+    blob = blob_of(make_model(config(), lone()), config())
     with pytest.raises(UserError, match=f"belongs to another model: .*{words}"):
         load(blob, config(**knobs), lone(), "the artifact")
 
@@ -230,7 +239,7 @@ def close(cfg: Config, blob: bytes) -> bool:
 @pytest.mark.parametrize("knobs", SIZED, ids=str)
 def test_predicted_size_is_within_15_percent_for_random_weights(knobs):
     cfg = config(**WIDE, **knobs)
-    assert close(cfg, export(scrambled(cfg), cfg))
+    assert close(cfg, blob_of(scrambled(cfg), cfg))
 
 
 @pytest.mark.parametrize("knobs", SIZED, ids=str)

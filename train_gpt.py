@@ -2296,6 +2296,8 @@ def from_form(data: bytes, plane: Plane, count: int, form: str) -> np.ndarray:
     raw = np.frombuffer(data, np.uint8)
     if form == "mask":
         on = np.unpackbits(raw[: -(-count // 8)], count=count).astype(bool)
+        if len(raw) != -(-count // 8) - (-int(on.sum()) // 8):
+            raise ValueError(f"{len(raw)} bytes for {count} values in the form {form}")
         signs = np.unpackbits(raw[-(-count // 8) :], count=int(on.sum()))
         values = np.zeros(count, np.int8)
         values[on] = 1 - 2 * signs.astype(np.int8)

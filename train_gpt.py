@@ -2350,20 +2350,22 @@ def expand_zstd(data: bytes, most: int) -> bytes:
 
 
 def expand_brotli(data: bytes, most: int) -> bytes:
-    """In pieces: brotli before 1.2 has no limit for its output."""
+    """With brotli's own limit; before 1.2 it has none, and a small stream may fill the memory."""
     import brotli
 
-    reader, out = brotli.Decompressor(), []
+    reader, out = brotli.Decompressor(), b""
     try:
-        for at in range(0, len(data), 1 << 12):
-            out.append(reader.process(data[at : at + (1 << 12)]))
-            if sum(map(len, out)) > most:
-                break
+        if hasattr(reader, "can_accept_more_data"):
+            out = reader.process(data, output_buffer_limit=most + 1)
+            while not reader.is_finished() and not reader.can_accept_more_data() and len(out) <= most:
+                out += reader.process(b"", output_buffer_limit=most + 1 - len(out))
+        else:
+            out = reader.process(data)
     except brotli.error as e:
         raise ValueError(f"brotli: {e}") from e
-    if not reader.is_finished() and sum(map(len, out)) <= most:
+    if not reader.is_finished() and len(out) <= most:
         raise ValueError("a compressed stream that does not end where it should")
-    return b"".join(out)
+    return out
 
 
 def import_zstd() -> object:

@@ -2393,13 +2393,16 @@ def lanes_for(count: int) -> int:
 def to_shares(counts: np.ndarray) -> np.ndarray:
     """(K,S) counts -> whole shares that sum to 2^14 in each class, none of a present symbol 0.
 
-    What rounding leaves over or short goes to the commonest symbol, where it costs least; a class
+    What rounding leaves over or short goes, one by one, where it pays most or costs least; a class
     without symbols is all of symbol 0.
     """
     counts = counts + (counts.sum(1, keepdims=True) == 0) * (np.arange(counts.shape[1]) == 0)
     exact = counts * ((1 << SHARE_BITS) / counts.sum(1, keepdims=True))
     shares = np.maximum(np.rint(exact).astype(np.int64), counts > 0)
-    shares[np.arange(len(shares)), shares.argmax(1)] += (1 << SHARE_BITS) - shares.sum(1)
+    while (left := (1 << SHARE_BITS) - shares.sum(1)).any():
+        worth = counts / np.maximum(shares, 1)  # of one share more or less, to first order
+        spare = np.where(shares > 1, worth, np.inf).argmin(1)
+        shares[np.arange(len(shares)), np.where(left > 0, worth.argmax(1), spare)] += np.sign(left)
     return shares
 
 

@@ -2531,7 +2531,7 @@ def rans_unpool(data: bytes, planes: list[Plane], along: tuple[str, ...]) -> np.
     count = sum(p.rows * ("rows" in along) + p.cols * ("cols" in along) for p in planes)
     side = expand(data[4 : 4 + length], "brotli", 4 + count + 2 * MOST_CLASSES * width)
     classes, least = np.frombuffer(side[:4].ljust(4, b"\0"), "<u2").astype(int)
-    if not 0 < classes <= MOST_CLASSES or len(side) != 4 + count + 2 * classes * width:
+    if not 0 < classes <= MOST_CLASSES or least > 512 or len(side) != 4 + count + 2 * classes * width:
         raise ValueError("an entropy-coded stream whose tables have another size")
     shares = np.frombuffer(side[4 + count :], "<u2").astype(np.int64).reshape(classes, width)
     if (shares.sum(1) != 1 << SHARE_BITS).any():

@@ -75,7 +75,8 @@ def counts_of(symbols: np.ndarray, classes: np.ndarray, kinds: int, width: int) 
 @settings(max_examples=60)
 @given(
     count=st.integers(0, 300) | st.sampled_from([8191, 8192, 16383, 16384, 16385, 32769]),
-    width=st.integers(2, 256), used=st.integers(1, 256), kinds=st.integers(1, 64), seed=st.integers(0, 2**32 - 1),
+    width=st.integers(2, 256), used=st.integers(1, 256), kinds=st.integers(1, 64),
+    seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_symbols_come_back_whatever_their_number_width_and_classes(count, width, used, kinds, seed):
     """With classes nobody is in, and symbols that never occur."""

@@ -392,7 +392,7 @@ def ladder_rungs(text: str) -> list[tuple[str, float]]:
         name, _, value = rung.partition("=")
         number = parse(value, float)
         low, high = {"bits_each": (2, 8), "sigmas": (0.1, 1000), "": (0, 0)}[LADDER.get(name, ((), ""))[1]]
-        if name not in LADDER or number is None or not low <= number <= high:
+        if name not in LADDER or number is None or not low <= number <= high or (low == 2 and number % 1):
             raise UserError(
                 f"SIZE_LADDER={text!r}: {rung!r} is no rung; want KNOB=value of {', '.join(LADDER)}, bits 2 "
                 f"to 8 and LQER_ENABLED=0"

@@ -3747,15 +3747,15 @@ def lowered(tags: dict[str, Tag], name: str, value: float) -> dict[str, Tag]:
 
 def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
     """Write model.ptz, as far down SIZE_LADDER as the limit demands, and return what is on the disk."""
-    tags, correcting, code = param_tags(model), cfg.gptq.lqer, cfg.size.code_bytes or code_bytes
+    tags, correcting = param_tags(model), cfg.gptq.lqer
     for name, value in [("", 0.0), *ladder_rungs(cfg.size.ladder)]:
         tags, correcting = lowered(tags, name, value) if name else tags, correcting and name != "LQER_ENABLED"
         final = corrected(model, tags, hessians, cfg) if correcting else tags
         shipment = export(model, cfg, final, hessians)
-        left = SIZE_LIMIT - code - len(shipment.blob)
+        left = SIZE_LIMIT - code_bytes - len(shipment.blob)
         world.log(
             f"size_ladder: {f'{name}={value}' if name else 'as configured'} weights:{len(shipment.blob)} "
-            f"code:{code} left:{left}"
+            f"code:{code_bytes} left:{left}"
         )
         if left >= 0:
             break
@@ -3949,7 +3949,7 @@ def refuse_hopeless_size(expected: int, cfg: Config) -> None:
         )
 
 
-def log_forecast(model: GPT, code_bytes: int, cfg: Config, world: World) -> None:
+def log_forecast(model: GPT, code_bytes: int, world: World) -> None:
     """The size that the weights would have now: order-0 entropy of every stream, rounded to nearest."""
     if not world.main:
         return
@@ -3958,8 +3958,8 @@ def log_forecast(model: GPT, code_bytes: int, cfg: Config, world: World) -> None
         planes = tags[name].codec.planes(tuple(p.shape))
         streams = tags[name].codec.encode(p.detach())
         total += sum(entropy_bytes(planes[kind], part) for kind, part in streams.items())
-    code = cfg.size.code_bytes or code_bytes
-    world.log(f"size_forecast: weights:{total:.0f} code:{code} left:{SIZE_LIMIT - code - total:.0f}")
+    left = SIZE_LIMIT - code_bytes - total
+    world.log(f"size_forecast: weights:{total:.0f} code:{code_bytes} left:{left:.0f}")
 
 
 def coder_word(cfg: Config) -> str:
@@ -4145,17 +4145,17 @@ class Facts(NamedTuple):
 
     source: str
     sha256: str
-    code_bytes: int  # stat() of the file that runs
+    code_bytes: int  # CODE_BYTES, or stat() of the file that runs
     tokenizer_bytes: int
 
 
-def read_facts(tokenizer: Tokenizer) -> Facts:
+def read_facts(tokenizer: Tokenizer, cfg: Config) -> Facts:
     """A packed program registers its unpacked source with linecache, where this finds it."""
     source = "".join(linecache.getlines(read_facts.__code__.co_filename))
     return Facts(
         source,
         hashlib.sha256(source.encode()).hexdigest(),
-        Path(__file__).stat().st_size,
+        cfg.size.code_bytes or Path(__file__).stat().st_size,
         tokenizer.file_bytes,
     )
 
@@ -4381,7 +4381,7 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
             * score.partial
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
-        log_forecast(t.model, facts.code_bytes, cfg, world)
+        log_forecast(t.model, facts.code_bytes, world)
 
     with stop_on_signal(t.clock), world.journal.phase("train"):
         train(t, validate)
@@ -4422,7 +4422,7 @@ def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) ->
 def story(cfg: Config, doubts: list[str], world: World) -> int:
     """Train, ship, load what was shipped, score it. Returns the exit status."""
     tokenizer = load_tokenizer(cfg)
-    facts, val = read_facts(tokenizer), functools.cache(lambda: Validation(cfg, tokenizer))
+    facts, val = read_facts(tokenizer, cfg), functools.cache(lambda: Validation(cfg, tokenizer))
     world.journal.log(facts.source + "=" * 100, file_only=True)
     for doubt in doubts:
         world.log(f"warning: {doubt}")

@@ -3776,20 +3776,24 @@ def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, 
 def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
     """Where the bytes are, by stream and by tensor.
 
-    A tensor's bytes are its share of each of its streams, by order-0 entropy; the entropy is its own.
+    A tensor's bytes are its share of each of its streams, by order-0 entropy, or by values where the
+    stream has none; the entropy is its own.
     """
     own = {
         name: {kind: entropy_bytes(shipment.planes[name][kind], part) for kind, part in streams.items()}
         for name, streams in shipment.streams.items()
     }
-    whole = {kind: sum(found.get(kind, 0.0) for found in own.values()) or 1.0 for kind in shipment.coded}
+    counts = {k: sum(p.count for p in parts) for k, parts in pool_planes(shipment.planes).items()}
+    whole = {kind: sum(found.get(kind, 0.0) for found in own.values()) for kind in shipment.coded}
     rows = []
     for name, codec, dims in shipment.rows:
-        size = sum(len(shipment.coded[k].data) * part / whole[k] for k, part in own[name].items())
-        row = {"name": name, "codec": codec, "params": math.prod(dims), "bits": 8 * size / math.prod(dims)}
+        size, params = 0.0, math.prod(dims)
+        for kind, part in own[name].items():
+            even = shipment.planes[name][kind].count / max(counts[kind], 1)
+            size += len(shipment.coded[kind].data) * (part / whole[kind] if whole[kind] else even)
+        row = {"name": name, "codec": codec, "params": params, "bits": 8 * size / max(params, 1)}
         row |= {"entropy_bytes": round(sum(own[name].values())), "bytes": round(size)}
         rows.append(row | {"share": size / len(shipment.blob)})
-    counts = {k: sum(p.count for p in parts) for k, parts in pool_planes(shipment.planes).items()}
     kinds = [
         {
             "kind": kind,

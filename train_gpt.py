@@ -3634,6 +3634,7 @@ def report(t: Trainer, r: Report) -> None:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
 SHAPE_SECTIONS = ("model", "loop", "export")  # whose knobs decide the forward, with the four below
+MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
 SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
 
@@ -3809,12 +3810,10 @@ def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
 
 def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
     """(header, payload). Raises UserError when the file is not an intact artifact of this version."""
-    import brotli
-
     header, payload = unpack_container(blob, ARTIFACT_MAGIC, ARTIFACT_VERSION, what)
     try:
-        header = json.loads(brotli.decompress(header))
-    except (ValueError, brotli.error) as e:
+        header = json.loads(expand(header, "brotli", MOST_HEADER))
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{what} has a header that cannot be read ({e}); export it again") from e
     if not well_formed(header):
         raise UserError(f"{what} has a header that this program would not write; export it again")
@@ -3831,9 +3830,17 @@ def well_formed(header: object) -> bool:
         isinstance(knobs, dict)
         and all(env in shapes and isinstance(text, str) for env, text in knobs.items())
         and isinstance(header["config_hash"], str)
+        and isinstance(header["tensors"], list)
+        and all(well_named(row) for row in header["tensors"])
         and isinstance(rows, list)
         and all(isinstance(row, list) and [type(x) for x in row] == [str, str, int] for row in rows)
     )
+
+
+def well_named(row: object) -> bool:
+    """Whether a tensor's row is a name, a codec and a shape that fit in a line of an error message."""
+    types = [type(x) for x in row] if isinstance(row, list) else []
+    return types == [str, str, list] and row[0].isprintable() and len(repr(row)) <= 300
 
 
 def open_artifact(blob: bytes, cfg: Config, world: World, what: str) -> Artifact:

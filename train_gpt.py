@@ -2926,7 +2926,8 @@ def make_fast(model: GPT, world: World) -> GPT:
             64  # kinds x qat x grad x shape; 8 is a hard error with fullgraph
         )
         for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            # without the option it would leave out the codecs' rounding to float16
+            block.compile(fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
         model.fast = True
     return model
 

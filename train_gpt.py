@@ -2015,7 +2015,7 @@ class LowRank:
 class Ternary:
     """-1, 0 or 1 times a scale per group of columns (BitNet b1.58; SKC notes 2.1 and 4.2).
 
-    scale = mean |w| of the group's own entries, rounded to float16, then at least 2^-14; an entry of half
+    scale = mean |w| of the group's own entries, rounded to float16, then 2^-14 to 65504; an entry of half
     the scale or more is not zero. With log_step > 0 the scale that ships is a power of 1 + log_step,
     stored as the row's mean exponent and what differs from it: about 5 bits instead of 11.
     """
@@ -2035,7 +2035,7 @@ class Ternary:
         """(R,C) -> trits (R,G,g) and scales (R,G), which a power of 1 + log_step may still replace."""
         z = self.groups(rows)
         real = self.groups(torch.ones_like(rows[:1])).sum(2)  # entries of each group, without the filling
-        scale = (z.abs().sum(2) / real).half().float().clamp_min(2.0**-14)
+        scale = (z.abs().sum(2) / real).half().float().clamp(2.0**-14, 65504.0)
         return torch.where(z.abs() / scale[..., None] >= 0.5, z.sign(), 0.0) + 0.0, scale
 
     def exponents(self, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -246,6 +246,10 @@ class ScheduleConfig:
     late_qat: float = knob("LATE_QAT_THRESHOLD", 0.0, "train through it once the rate factor is below this",
                            within=(0.0, 1.0), on=0.9)
 
+    @property
+    def quantises(self) -> bool:
+        return self.qat or self.late_qat > 0
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -405,7 +409,7 @@ def ladder_rungs(text: str) -> list[tuple[str, float]]:
         name, _, value = rung.partition("=")
         number = parse(value, float)
         low, high = {"bits_each": (2, 8), "sigmas": (0.1, 1000), "": (0, 0)}[LADDER.get(name, ((), ""))[1]]
-        if name not in LADDER or number is None or not low <= number <= high:
+        if name not in LADDER or number is None or not low <= number <= high or (low == 2 and number % 1):
             raise UserError(
                 f"SIZE_LADDER={text!r}: {rung!r} is no rung; want KNOB=value of {', '.join(LADDER)}, bits 2 "
                 f"to 8 and LQER_ENABLED=0"
@@ -2070,7 +2074,7 @@ class LowRank:
 class Ternary:
     """-1, 0 or 1 times a scale per group of columns (BitNet b1.58; SKC notes 2.1 and 4.2).
 
-    scale = mean |w| of the group's own entries, rounded to float16, then at least 2^-14; an entry of half
+    scale = mean |w| of the group's own entries, rounded to float16, then 2^-14 to 65504; an entry of half
     the scale or more is not zero. With log_step > 0 the scale that ships is a power of 1 + log_step,
     stored as the row's mean exponent and what differs from it: about 5 bits instead of 11.
     """
@@ -2090,7 +2094,7 @@ class Ternary:
         """(R,C) -> trits (R,G,g) and scales (R,G), which a power of 1 + log_step may still replace."""
         z = self.groups(rows)
         real = self.groups(torch.ones_like(rows[:1])).sum(2)  # entries of each group, without the filling
-        scale = (z.abs().sum(2) / real).half().float().clamp_min(2.0**-14)
+        scale = (z.abs().sum(2) / real).half().float().clamp(2.0**-14, 65504.0)
         return torch.where(z.abs() / scale[..., None] >= 0.5, z.sign(), 0.0) + 0.0, scale
 
     def exponents(self, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -2989,11 +2993,12 @@ def make_fast(model: GPT, world: World) -> GPT:
             "flash-attn or torch >= 2.10; or set COMPILE=0, which is slow"
         )
     if world.compiling:
-        torch._dynamo.config.recompile_limit = (
-            64  # kinds x qat x grad x shape; 8 is a hard error with fullgraph
-        )
+        # kinds x qat x grad x shape; 8 is a hard error with fullgraph
+        torch._dynamo.config.recompile_limit = 64
+        # inductor leaves out a rounding to float16 and back, as in a codec's scale, unless it is told not to
+        exact = {"options": {"emulate_precision_casts": True}} if model.cfg.schedule.quantises else {}
         for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(fullgraph=True, dynamic=False, **exact)
         model.fast = True
     return model
 
@@ -3735,6 +3740,7 @@ def report(t: Trainer, r: Report) -> None:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
 SHAPE_SECTIONS = ("model", "loop", "export")  # whose knobs decide the forward, with the four below
+MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
 SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
 
@@ -3865,7 +3871,7 @@ def fit(model: GPT, hessians: dict[str, Tensor], code: int, cfg: Config, world: 
 
 def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
     """Write model.ptz and its byte table, and return what is on the disk."""
-    shipment = fit(model, hessians, cfg.size.code_bytes or code_bytes, cfg, world)
+    shipment = fit(model, hessians, code_bytes, cfg, world)
     table = byte_table(shipment)
     write_atomic(world.run_dir / "model.ptz", shipment.blob)
     write_atomic(world.run_dir / "bytes.json", json.dumps(table, indent=1).encode())
@@ -3880,20 +3886,24 @@ def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, 
 def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
     """Where the bytes are, by stream and by tensor.
 
-    A tensor's bytes are its share of each of its streams, by order-0 entropy; the entropy is its own.
+    A tensor's bytes are its share of each of its streams, by order-0 entropy, or by values where the
+    stream has none; the entropy is its own.
     """
     own = {
         name: {kind: entropy_bytes(shipment.planes[name][kind], part) for kind, part in streams.items()}
         for name, streams in shipment.streams.items()
     }
-    whole = {kind: sum(found.get(kind, 0.0) for found in own.values()) or 1.0 for kind in shipment.coded}
+    counts = {k: sum(p.count for p in parts) for k, parts in pool_planes(shipment.planes).items()}
+    whole = {kind: sum(found.get(kind, 0.0) for found in own.values()) for kind in shipment.coded}
     rows = []
     for name, codec, dims in shipment.rows:
-        size = sum(len(shipment.coded[k].data) * part / whole[k] for k, part in own[name].items())
-        row = {"name": name, "codec": codec, "params": math.prod(dims), "bits": 8 * size / math.prod(dims)}
+        size, params = 0.0, math.prod(dims)
+        for kind, part in own[name].items():
+            even = shipment.planes[name][kind].count / max(counts[kind], 1)
+            size += len(shipment.coded[kind].data) * (part / whole[kind] if whole[kind] else even)
+        row = {"name": name, "codec": codec, "params": params, "bits": 8 * size / max(params, 1)}
         row |= {"entropy_bytes": round(sum(own[name].values())), "bytes": round(size)}
         rows.append(row | {"share": size / len(shipment.blob)})
-    counts = {k: sum(p.count for p in parts) for k, parts in pool_planes(shipment.planes).items()}
     kinds = [
         {
             "kind": kind,
@@ -3909,12 +3919,10 @@ def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
 
 def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
     """(header, payload). Raises UserError when the file is not an intact artifact of this version."""
-    import brotli
-
     header, payload = unpack_container(blob, ARTIFACT_MAGIC, ARTIFACT_VERSION, what)
     try:
-        header = json.loads(brotli.decompress(header))
-    except (ValueError, brotli.error) as e:
+        header = json.loads(expand(header, "brotli", MOST_HEADER))
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{what} has a header that cannot be read ({e}); export it again") from e
     if not FOLDED and not well_formed(header):  # a built program opens what it has written
         raise UserError(f"{what} has a header that this program would not write; export it again")
@@ -3923,17 +3931,24 @@ def read_artifact_header(blob: bytes, what: str) -> tuple[dict, memoryview]:
 
 def well_formed(header: object) -> bool:
     """Whether a header has the right kinds of things in the right places; any hand may have made it."""
-    if not isinstance(header, dict) or set(header) != {"knobs", "config_hash", "tensors", "streams"}:
+    kinds = {"knobs": dict, "config_hash": str, "tensors": list, "streams": list}
+    if not isinstance(header, dict) or {name: type(part) for name, part in header.items()} != kinds:
         return False
-    knobs, rows = header["knobs"], header["streams"]
     shapes = {env for env, (section, _) in all_knobs().items() if section in SHAPE_SECTIONS} | {*SHAPE_KNOBS}
     return (
-        isinstance(knobs, dict)
-        and all(env in shapes and isinstance(text, str) for env, text in knobs.items())
-        and isinstance(header["config_hash"], str)
-        and isinstance(rows, list)
-        and all(isinstance(row, list) and [type(x) for x in row] == [str, str, int] for row in rows)
+        all(env in shapes and isinstance(text, str) for env, text in header["knobs"].items())
+        and all(well_named(row) for row in header["tensors"])
+        and all(types_of(row) == [str, str, int] for row in header["streams"])
     )
+
+
+def types_of(row: object) -> list[type]:
+    return [type(x) for x in row] if isinstance(row, list) else []
+
+
+def well_named(row: object) -> bool:
+    """Whether a tensor's row is a name, a codec and a shape that fit in a line of an error message."""
+    return types_of(row) == [str, str, list] and row[0].isprintable() and len(repr(row)) <= 300
 
 
 def open_artifact(blob: bytes, cfg: Config, world: World, what: str) -> Artifact:
@@ -4058,7 +4073,7 @@ def refuse_hopeless_size(cfg: Config, world: World) -> None:
         )
 
 
-def log_weighed_bytes(model: GPT, code_bytes: int, cfg: Config, world: World) -> None:
+def log_weighed_bytes(model: GPT, code_bytes: int, world: World) -> None:
     """The size that the weights would have now: order-0 entropy of every stream, rounded to nearest."""
     if not world.main:
         return
@@ -4067,8 +4082,8 @@ def log_weighed_bytes(model: GPT, code_bytes: int, cfg: Config, world: World) ->
         planes = tags[name].codec.planes(tuple(p.shape))
         streams = tags[name].codec.encode(p.detach())
         total += sum(entropy_bytes(planes[kind], part) for kind, part in streams.items())
-    code = cfg.size.code_bytes or code_bytes
-    world.log(f"size_forecast: weights:{total:.0f} code:{code} left:{SIZE_LIMIT - code - total:.0f}")
+    left = SIZE_LIMIT - code_bytes - total
+    world.log(f"size_forecast: weights:{total:.0f} code:{code_bytes} left:{left:.0f}")
 
 
 def coder_word(cfg: Config) -> str:
@@ -4253,17 +4268,17 @@ class Facts(NamedTuple):
 
     source: str
     sha256: str
-    code_bytes: int  # stat() of the file that runs
+    code_bytes: int  # CODE_BYTES, or stat() of the file that runs
     tokenizer_bytes: int
 
 
-def read_facts(tokenizer: Tokenizer) -> Facts:
+def read_facts(tokenizer: Tokenizer, cfg: Config) -> Facts:
     """A packed program registers its unpacked source with linecache, where this finds it."""
     source = "".join(linecache.getlines(read_facts.__code__.co_filename))
     return Facts(
         source,
         hashlib.sha256(source.encode()).hexdigest(),
-        Path(__file__).stat().st_size,
+        cfg.size.code_bytes or Path(__file__).stat().st_size,
         tokenizer.file_bytes,
     )
 
@@ -4482,7 +4497,7 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
             * score.partial
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
-        log_weighed_bytes(t.model, facts.code_bytes, cfg, world)
+        log_weighed_bytes(t.model, facts.code_bytes, world)
 
     with world.journal.phase("train"):
         asked = train_and_save(t, validate) if cfg.run.saves else train(t, validate)
@@ -4531,7 +4546,7 @@ def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) ->
 def story(cfg: Config, doubts: list[str], world: World) -> int:
     """Train, ship, load what was shipped, score it. Returns the exit status."""
     tokenizer = load_tokenizer(cfg)
-    facts, val = read_facts(tokenizer), functools.cache(lambda: Validation(cfg, tokenizer))
+    facts, val = read_facts(tokenizer, cfg), functools.cache(lambda: Validation(cfg, tokenizer))
     world.journal.log(facts.source + "=" * 100, file_only=True)
     for doubt in doubts:
         world.log(f"warning: {doubt}")

@@ -32,9 +32,9 @@ settings.load_profile("repeatable")
 GROUPS = {
     "chapters and data": (180, "chapters scripts config schedule world data prepare download bad_input"),
     "builder": (300, "submission"),
-    "kernels": (180, "kernels storage bitpacking"),
+    "kernels": (180, "kernels storage coding bitpacking"),
     "models": (180, "layers mixers feedforward memory model optimizer train objective compile ranks"),
-    "evaluation": (180, "export evaluate output causality legality"),
+    "evaluation": (180, "export calibrate evaluate output causality legality"),
     "distillation": (120, "teachers distillation"),
     "records": (120, "records readme audit sweep"),
     "robustness": (120, "robustness checkpoint resume faults dependencies regressions"),

@@ -405,7 +405,7 @@ def test_artifacts_that_do_not_belong_are_refused_by_name(shipped, tmp_path, kno
         (lambda b: b[:10], ("is not one of ours",)),
         (lambda b: b"", ("is not one of ours", "want b'PGLM'")),
         (lambda b: b"PK" + b[2:], ("is not one of ours",)),
-        (lambda b: b[:4] + b"\7" + b[5:], ("format version 7", "reads 1")),
+        (lambda b: b[:4] + b"\7" + b[5:], ("format version 7", "reads 2")),
         (lambda b: b[:2000] + bytes([b[2000] ^ 4]) + b[2001:], ("truncated or damaged",)),
         (lambda b: b + b"\0", ("truncated or damaged",)),
     ],
@@ -438,7 +438,7 @@ def test_the_artifact_of_a_run_is_scored_in_place_and_the_run_stays_as_it_was(sh
     env = {k: v for k, v in shipped.items() if k != "RUN_DIR"}
     outcome = play(env | how | {"EVAL_ONLY": "1", "RUN_ID": "mine", "NLL_PATH": ""}, cwd=tmp_path)
     assert outcome.status == 0, outcome.err
-    assert "final_int8_brotli_roundtrip_exact" in outcome.out
+    assert "final_int8_rans_roundtrip_exact" in outcome.out
     for name in ("model.ptz", "trace.jsonl", "results.json"):
         assert (folder / name).read_bytes() == Path(shipped["RUN_DIR"], name).read_bytes()
 

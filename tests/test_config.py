@@ -228,6 +228,9 @@ def test_strict_run_stops_at_a_doubt_before_it_writes_anything(tmp_path):
 # --------------------------------------------------------------------------------------
 
 
+RUNGS = ["MATRIX_BITS=5", "EMBED_BITS=2", "MLP_CLIP_SIGMAS=14.5", "EMBED_CLIP_SIGMAS=1e1", "LQER_ENABLED=0"]
+
+
 def values(f: dataclasses.Field) -> st.SearchStrategy:
     """Texts of valid values of one knob; numbers near the bounds and far from them."""
     low, high = f.metadata["within"]
@@ -239,6 +242,8 @@ def values(f: dataclasses.Field) -> st.SearchStrategy:
         return st.integers(low, high).map(str)
     if isinstance(f.default, float):
         return st.floats(low, high, allow_nan=False, allow_infinity=False).map(repr)
+    if f.metadata["env"] == "SIZE_LADDER":
+        return st.lists(st.sampled_from(RUNGS), max_size=4).map(",".join)
     return st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 
 
@@ -327,7 +332,7 @@ def test_knob_table_has_a_row_for_every_knob():
     assert cells["STRICT"][1:] == ["0", "an unknown or mistyped knob is an error", "0 or 1"]
     assert cells["RUN_ID"][1::2] == ["(empty)", "text"]
     assert cells["NUM_LOOPS"][1::2] == ["0", "a whole number >= 0 and <= 16"]
-    assert cells["MATRIX_BITS"][3] == "6 or 8 or 16"
+    assert cells["MATRIX_BITS"][3] == "5 or 6 or 7 or 8 or 16"
 
 
 def test_words_on_the_command_line_are_refused():

@@ -1,11 +1,16 @@
 """Export: the artifact holds what was trained through the codecs, explains itself, can be scored alone."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
+import brotli
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +41,15 @@ LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1}
 MODELS = [
     {}, {"MATRIX_BITS": 6}, {"MATRIX_BITS": 16, "EMBED_BITS": 6, "TIE_EMBEDDINGS": 0},
     {"INT8_CLIP_PERCENTILE": 95, "ROW_SCALE_FLOOR": 0.001, **LOOPS}, {"EMBED_BITS": 16, "DOC_PACKING": 1},
+    {"MATRIX_BITS": 5, "ATTN_CLIP_SIGMAS": 4, "MLP_CLIP_SIGMAS": 5, "EMBED_BITS": 7, "EMBED_CLIP_SIGMAS": 6},
+    {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp8", "TERNARY_GROUP": 24},
+    {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp4", "TERNARY_SCALE_STEP": 0.04},
+    {"MATRIX_CODEC": "fp4", "EMBED_CODEC": "ternary", "TIE_EMBEDDINGS": 0},
 ]  # fmt: skip
+
+
+def blob_of(model: torch.nn.Module, cfg: Config) -> bytes:
+    return export(model, cfg).blob
 
 
 def halved(model: torch.nn.Module) -> torch.nn.Module:
@@ -60,17 +73,18 @@ def test_loaded_artifact_answers_as_the_live_model_in_its_quantised_phase(knobs,
     """Bit for bit, in both modes of the loss."""
     cfg, world = config(**knobs), lone(dtype)
     model, tokens = halved(scrambled(cfg, dtype)), tokens_of(2, 33, cfg)
-    shipped = load(export(model, cfg), cfg, world, "the artifact").eval()
+    shipped = load(blob_of(model, cfg), cfg, world, "the artifact").eval()
     live = PLAIN._replace(qat=True, loops=cfg.loop.count)
     pair = tokens[:, :-1], tokens[:, 1:]
     assert torch.equal(nats(shipped, *pair), nats(model, *pair, phase=live))
     assert cfg.export.matrix_bits == 16 or not torch.equal(nats(shipped, *pair), nats(model, *pair))
 
 
-def test_every_parameter_ships_by_its_tag():
-    cfg = config(MATRIX_BITS=6, TIE_EMBEDDINGS=0)
+@pytest.mark.parametrize("knobs", MODELS, ids=str)
+def test_every_parameter_ships_by_its_tag(knobs):
+    cfg = config(**knobs)
     model = scrambled(cfg)
-    held = open_artifact(export(model, cfg), cfg, lone(), "the artifact")
+    held = open_artifact(blob_of(model, cfg), cfg, lone(), "the artifact")
     for name, tag in param_tags(model).items():
         assert torch.equal(held.tensors[name], tag.codec.fake_quant(model.get_parameter(name).detach()))
         assert held.tensors[name].shape == model.get_parameter(name).shape
@@ -78,8 +92,8 @@ def test_every_parameter_ships_by_its_tag():
 
 def test_artifact_is_the_same_every_time():
     cfg = config(MATRIX_BITS=6)
-    assert export(scrambled(cfg), cfg) == export(scrambled(cfg), cfg)
-    assert export(scrambled(cfg), cfg) != export(scrambled(cfg, seed=1), cfg)
+    assert blob_of(scrambled(cfg), cfg) == blob_of(scrambled(cfg), cfg)
+    assert blob_of(scrambled(cfg), cfg) != blob_of(scrambled(cfg, seed=1), cfg)
 
 
 def test_artifact_of_another_process_is_the_same(tmp_path, toy_data):
@@ -93,7 +107,7 @@ def test_artifact_of_another_process_is_the_same(tmp_path, toy_data):
 
 def test_matrices_of_a_kind_stand_side_by_side():
     cfg = config(NUM_LAYERS=11)
-    header, _ = read_artifact_header(export(make_model(cfg, lone()), cfg), "the artifact")
+    header, _ = read_artifact_header(blob_of(make_model(cfg, lone()), cfg), "the artifact")
     names = [name for name, _, _ in header["tensors"]]
     kinds = ["".join(c for c in name if not c.isdigit()) for name in names]
     assert len([kind for kind, _ in itertools.groupby(kinds)]) == len(set(kinds))
@@ -108,7 +122,7 @@ def test_matrices_of_a_kind_stand_side_by_side():
 
 def written(folder: Path, cfg: Config) -> Path:
     path = folder / "model.ptz"
-    path.write_bytes(export(make_model(cfg, lone()), cfg))
+    path.write_bytes(blob_of(make_model(cfg, lone()), cfg))
     return path
 
 
@@ -142,7 +156,7 @@ def test_header_of_a_record_is_within_its_400_bytes():
     small = read_config(
         RECORD | {"MODEL_DIM": "16", "VOCAB_SIZE": "320", "NUM_LAYERS": "6", "MLP_MULT": "1.5"}
     )
-    header, _ = read_artifact_header(export(make_model(small, lone()), small), "the artifact")
+    header, _ = read_artifact_header(blob_of(make_model(small, lone()), small), "the artifact")
     assert header["knobs"] == shape_knobs(small)
 
 
@@ -167,7 +181,7 @@ def test_too_many_shape_knobs_are_refused_before_training(tmp_path, toy_data):
 
 def test_damaged_artifact_is_refused_in_words():
     cfg = config()
-    blob = export(make_model(cfg, lone()), cfg)
+    blob = blob_of(make_model(cfg, lone()), cfg)
     for at in range(0, len(blob), 97):
         damaged = bytearray(blob)
         damaged[at] ^= 0x10
@@ -183,12 +197,12 @@ def test_damaged_artifact_is_refused_in_words():
     [
         ({"NUM_LAYERS": 4}, r"blocks\.3\.attn\.c_k\.weight is None there and \['int8', \[16, 32\]\] here"),
         ({"MODEL_DIM": 48}, r"weight is \['int8', \[16, 32\]\] there and \['int8', \[24, 48\]\] here"),
-        ({"MATRIX_BITS": 6}, r"\['int8', .*and \['int6'"),
+        ({"MATRIX_CODEC": "fp8"}, r"\['int8', .*and \['fp8'"),
         ({"TIE_EMBEDDINGS": 0}, "head.weight is None there"),
     ],
 )  # fmt: skip
 def test_artifact_of_another_model_is_refused_by_the_tensor_that_differs(knobs, words):
-    blob = export(make_model(config(), lone()), config())
+    blob = blob_of(make_model(config(), lone()), config())
     with pytest.raises(UserError, match=f"belongs to another model: .*{words}"):
         load(blob, config(**knobs), lone(), "the artifact")
 
@@ -212,11 +226,17 @@ def test_environment_that_clashes_with_the_artifact_is_refused_by_knob(tmp_path)
 # Size
 # --------------------------------------------------------------------------------------
 
+CLIPPED = {"MATRIX_CLIP_SIGMAS": 12.85, "EMBED_CLIP_SIGMAS": 20}
 SIZED = [
     {},
     {"MATRIX_BITS": 6},
     {"MATRIX_BITS": 16},
     {"MATRIX_BITS": 6, "EMBED_BITS": 6, "TIE_EMBEDDINGS": 0},
+    CLIPPED | {"MATRIX_BITS": 6},
+    CLIPPED | {"MATRIX_BITS": 5, "EMBED_BITS": 7, "MLP_CLIP_SIGMAS": 7},
+    {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp8"},
+    {"MATRIX_CODEC": "ternary", "TERNARY_SCALE_STEP": 0.02, "EMBED_CODEC": "fp4"},
+    {"MATRIX_CODEC": "fp4", "EMBED_CODEC": "ternary"},
 ]
 WIDE = {"MODEL_DIM": 96, "VOCAB_SIZE": 320}
 
@@ -230,7 +250,7 @@ def close(cfg: Config, blob: bytes) -> bool:
 @pytest.mark.parametrize("knobs", SIZED, ids=str)
 def test_predicted_size_is_within_15_percent_for_random_weights(knobs):
     cfg = config(**WIDE, **knobs)
-    assert close(cfg, export(scrambled(cfg), cfg))
+    assert close(cfg, blob_of(scrambled(cfg), cfg))
 
 
 @pytest.mark.parametrize("knobs", SIZED, ids=str)
@@ -239,6 +259,319 @@ def test_predicted_size_is_within_15_percent_after_a_little_training(tmp_path, t
     cfg = config(**WIDE, **knobs)
     assert close(cfg, run.blob)
     assert f"artifact_bytes:{predicted_bytes(cfg, lone())} of 16000000" in run.read("train.log")
+
+
+@pytest.mark.parametrize("knobs", SIZED[4:8], ids=str)
+def test_forecast_is_at_least_95_percent_of_the_size_where_clips_are_wide_or_trits_ship(knobs):
+    """Row H21: the forecast counts every parameter, whatever its codec, so none comes as a surprise."""
+    cfg = config(**WIDE, **knobs)
+    assert predicted_bytes(cfg, lone()) >= 0.95 * len(blob_of(scrambled(cfg), cfg))
+
+
+def test_hopeless_size_is_refused_before_training_unless_a_ladder_is_given(tmp_path, toy_data, monkeypatch):
+    forecast = predicted_bytes(config(**WIDE), lone())
+    for limit, refused in ((0.84, True), (0.86, False)):
+        monkeypatch.setattr(train_gpt, "SIZE_LIMIT", int(limit * forecast))
+        run = try_here(tmp_path / str(limit), toy_data, **WIDE)
+        assert run.error.startswith(f"the artifact will take about {forecast:,} bytes, at least") == refused
+        assert (run.losses == []) == refused
+        assert not re.search(r"\n", run.error)
+    monkeypatch.setattr(train_gpt, "SIZE_LIMIT", int(0.5 * forecast))
+    assert not try_here(tmp_path / "ladder", toy_data, **WIDE, SIZE_LADDER="MATRIX_BITS=4").error
+
+
+def test_forecast_of_a_validation_is_near_the_artifact(tmp_path, toy_data):
+    """From the real weights, with the code: what a user sees coming."""
+    run = run_here(
+        tmp_path, toy_data, ITERATIONS=4, VAL_LOSS_EVERY=4, CODE_BYTES=12345, **WIDE, MATRIX_BITS=6
+    )
+    (line,) = run.lines("size_forecast:")
+    weights, code, left = map(
+        int, re.fullmatch(r"size_forecast: weights:(\d+) code:(\d+) left:(\d+)", line).groups()
+    )
+    assert code == 12345
+    assert weights + code + left == pytest.approx(16_000_000, abs=1)
+    assert weights == pytest.approx(len(run.blob), rel=0.1)
+
+
+# --------------------------------------------------------------------------------------
+# What gives way
+# --------------------------------------------------------------------------------------
+
+LQER = {"LQER_ENABLED": 1, "LQER_RANK": 2, "LQER_TOP_K": 2, "LQER_ASYM_GROUP": 16}
+STEEP = {
+    "MATRIX_BITS": 8,
+    **LQER,
+    "SIZE_LADDER": "MLP_CLIP_SIGMAS=9,EMBED_BITS=5 LQER_ENABLED=0,MATRIX_BITS=4",
+}
+
+
+def laddered(folder: Path, limit: int, monkeypatch, **knobs) -> tuple[Run, Config, bytes]:
+    """Ship a random model under a limit of so many bytes, 1,000 of them code."""
+    cfg = config(**{**STEEP, **knobs})
+    folder.mkdir()
+    world = dataclasses.replace(lone(), journal=train_gpt.Journal(folder), run_dir=folder)
+    monkeypatch.setattr(train_gpt, "SIZE_LIMIT", limit)
+    return Run(folder, ""), cfg, train_gpt.ship(scrambled(cfg), {}, 1000, cfg, world)
+
+
+def rungs_of(run: Run) -> list[tuple[str, int, int]]:
+    """(rung, bytes of weights, bytes left) of each line of the log."""
+    pattern = r"size_ladder: (.*) weights:(\d+) code:1000 left:(-?\d+)"
+    found = [re.fullmatch(pattern, line).groups() for line in run.lines("size_ladder:")]
+    return [(name, int(size), int(left)) for name, size, left in found]
+
+
+RUNGS = ["as configured", "MLP_CLIP_SIGMAS=9.0", "EMBED_BITS=5", "LQER_ENABLED=0.0", "MATRIX_BITS=4"]
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_rungs_are_taken_in_order_and_no_further_than_needed(tmp_path, monkeypatch, stop):
+    whole, *_ = laddered(tmp_path / "whole", 0, monkeypatch)
+    sizes = [size for _, size, _ in rungs_of(whole)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5
+    run, cfg, blob = laddered(tmp_path / "run", sizes[stop] + 1000, monkeypatch)
+    found = rungs_of(run)
+    assert [name for name, _, _ in found] == RUNGS[: stop + 1]
+    assert [left for *_, left in found] == [sizes[stop] - size for size in sizes[: stop + 1]]
+    assert len(blob) == len(run.blob) == sizes[stop]
+    model = load(blob, cfg, lone(), "the artifact")  # bits and corrections are the file's
+    codecs = {name: codec for name, codec, _ in read_artifact_header(blob, "the artifact")[0]["tensors"]}
+    assert codecs["embed.weight"].startswith("int8" if stop < 2 else "int5")
+    assert codecs["blocks.0.mlp.fc.weight"].startswith("int8" if stop < 4 else "int4")
+    assert sum("lqer2g16b4" in codec for codec in codecs.values()) == (2 if stop < 3 else 0)
+    near = 0.02 if stop < 1 else 0.5
+    for name, p in scrambled(cfg).named_parameters():
+        assert (model.get_parameter(name) - p).abs().max() <= near * p.abs().max()
+
+
+def test_ladder_that_is_too_short_is_climbed_to_its_end_and_still_ships(tmp_path, monkeypatch):
+    run, cfg, blob = laddered(tmp_path / "run", 100, monkeypatch)
+    assert [name for name, *_ in rungs_of(run)] == RUNGS
+    assert load(blob, cfg, lone(), "the artifact")
+
+
+def test_lowered_artifact_scores_alone_as_in_its_run(tmp_path, toy_data, monkeypatch):
+    limit = run_here(tmp_path / "whole", toy_data, **LQER).results["bytes"]["total"] - 300
+    monkeypatch.setattr(train_gpt, "SIZE_LIMIT", limit)
+    run = run_here(tmp_path / "run", toy_data, **LQER, SIZE_LADDER="MATRIX_BITS=6", GRAD_ACCUM_STEPS=1)
+    assert run.results["bytes"]["total"] <= limit
+    score_again(toy_data, RUN_DIR=tmp_path / "again", ARTIFACT=run.folder / "model.ptz", GRAD_ACCUM_STEPS=1)
+    again = Run(tmp_path / "again", "").results["scores"]
+    assert figures(again, "roundtrip") == figures(run.results["scores"], "roundtrip")
+
+
+BAD_LADDERS = [
+    "MLP_MULT=2", "EMBED_BITS", "EMBED_BITS=9", "EMBED_BITS=1", "EMBED_BITS=x", "LQER_ENABLED=1",
+    "MLP_CLIP_SIGMAS=0", "MLP_CLIP_SIGMAS=nan", "=3", "MATRIX_BITS=4;EMBED_BITS=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ladder", BAD_LADDERS)
+def test_ladder_of_something_else_is_refused_in_one_line(ladder):
+    with pytest.raises(
+        UserError, match=r"^SIZE_LADDER='.*' is no rung; want KNOB=value of MATRIX_BITS"
+    ) as found:
+        config(SIZE_LADDER=ladder)
+    assert "\n" not in str(found.value)
+
+
+def test_half_a_bit_is_no_rung():
+    with pytest.raises(UserError, match="is no rung"):
+        config(SIZE_LADDER="EMBED_BITS=5.5")
+
+
+def test_code_bytes_stand_for_the_files_own(tmp_path, toy_data):
+    """In what the ladder leaves, in the total of the log and in the results alike."""
+    run = run_here(tmp_path, toy_data, CODE_BYTES=12345)
+    total = 12345 + len(run.blob)
+    assert run.lines("size_ladder:")[0].endswith(f"code:12345 left:{16_000_000 - total}")
+    assert run.results["bytes"]["total"] == total
+    assert run.lines("Total submission size")[0].endswith(f": {total} bytes")
+
+
+# --------------------------------------------------------------------------------------
+# Where the bytes are
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knobs", [*MODELS, LQER], ids=str)
+def test_byte_table_accounts_for_every_byte_of_the_payload(knobs):
+    cfg = config(**knobs)
+    model = scrambled(cfg)
+    tags = param_tags(model)
+    tags = train_gpt.corrected(model, tags, {}, cfg) if cfg.gptq.lqer else tags
+    shipment = export(model, cfg, tags)
+    table, payload = train_gpt.byte_table(shipment), len(read_artifact_header(shipment.blob, "it")[1])
+    params = {name: p.numel() for name, p in model.named_parameters()}
+    assert {row["name"]: row["params"] for row in table["tensors"]} == params
+    assert sum(row["bytes"] for row in table["streams"]) == payload
+    assert sum(row["bytes"] for row in table["tensors"]) == pytest.approx(payload, abs=len(params))
+    assert sum(row["share"] for row in table["tensors"]) == pytest.approx(payload / len(shipment.blob))
+    for row in table["tensors"]:
+        assert row["bits"] * row["params"] / 8 == pytest.approx(row["bytes"], abs=0.51)
+    for row in table["streams"]:
+        assert row["bytes"] == row["tried"][row["coder"]] == min(row["tried"].values())
+        assert row["bits"] * row["values"] / 8 == pytest.approx(row["bytes"])
+
+
+def test_entropy_of_a_tensor_by_hand():
+    """Four trits, half of them zero: 1.5 bits each; and a float16 for each of two rows, different ones."""
+    plane, values = train_gpt.Plane(2, 4, -1, 1), np.array([0, 0, 1, -1, 0, 1, -1, 0], np.int8)
+    assert train_gpt.entropy_bytes(plane, values) == pytest.approx(1.5 * 8 / 8)
+    assert train_gpt.entropy_bytes(train_gpt.Plane(4, 1), np.array([1, 1, 2, 2], "<f2")) == pytest.approx(0.5)
+    assert train_gpt.entropy_bytes(train_gpt.Plane(4, 1), np.array([1, 1, 1, 1], "<f2")) == 0
+
+
+def test_a_tensor_of_noise_has_more_of_a_stream_than_one_of_zeros():
+    cfg = config()
+    model = scrambled(cfg)
+    torch.nn.init.zeros_(model.blocks[1].mlp.fc.weight)
+    rows = {row["name"]: row for row in train_gpt.byte_table(export(model, cfg))["tensors"]}
+    assert rows["blocks.1.mlp.fc.weight"]["bytes"] < 0.1 * rows["blocks.0.mlp.fc.weight"]["bytes"]
+
+
+def test_byte_table_stands_beside_the_artifact_and_in_the_log_file(trained):
+    table = json.loads(trained.read("bytes.json"))
+    lines = [line.split()[0] for line in trained.lines("tensor:")]
+    assert lines == [f"tensor:{row['name']}" for row in table["tensors"]]
+    streams = [[row["kind"], row["coder"], row["bytes"]] for row in table["streams"]]
+    assert streams == read_artifact_header(trained.blob, "it")[0]["streams"]
+
+
+def test_model_of_one_layer_ships(tmp_path, toy_data):
+    """Its skip weights are none, and none of its bytes are theirs."""
+    assert run_here(tmp_path, toy_data, NUM_LAYERS=1).results["bytes"]["model"] > 1000
+
+
+# --------------------------------------------------------------------------------------
+# What another hand has made
+# --------------------------------------------------------------------------------------
+
+
+class Forgery:
+    """An artifact of a tiny model, to be put together wrongly under a checksum that is right."""
+
+    def __init__(self, **knobs) -> None:
+        self.cfg = config(**knobs)
+        self.blob = blob_of(scrambled(self.cfg), self.cfg)
+        header, payload = read_artifact_header(self.blob, "it")
+        self.header, self.payload = json.dumps(header), bytes(payload)
+
+    def refusal(self, header: object, payload: bytes | None = None) -> str:
+        text = header if isinstance(header, bytes) else train_gpt.squeeze(json.dumps(header).encode())
+        payload = self.payload if payload is None else payload
+        blob = train_gpt.pack_container(b"PGLM", train_gpt.ARTIFACT_VERSION, text, payload)
+        with pytest.raises(UserError) as found:
+            load(blob, self.cfg, lone(), "it")
+        assert str(found.value).startswith("it ") and str(found.value).isprintable()
+        assert len(str(found.value)) < 500
+        return str(found.value)
+
+    def changed(self, key: str, row: int, column: int, value: object) -> dict:
+        header = json.loads(self.header)
+        header[key][row][column] = value
+        return header
+
+
+@pytest.fixture(scope="module")
+def forgery() -> Forgery:
+    return Forgery()
+
+
+@pytest.mark.parametrize(
+    ("key", "column", "value", "words"),
+    [
+        ("streams", 0, "int7.q", "does not hold the streams"),
+        ("streams", 1, "zip", "a coder 'zip' that it cannot have"),
+        ("streams", 1, "base3", "cannot be decoded"),
+        ("streams", 1, "rans\n", "cannot have"),
+        ("streams", 2, -1, "does not hold the streams"),
+        ("streams", 2, 10**15, "does not hold the streams"),
+        ("streams", 2, 1.5, "a header that this program would not write"),
+        ("streams", 2, True, "a header that this program would not write"),
+        ("tensors", 0, "a\nb", "belongs to another model"),
+        ("tensors", 0, "\ud800", "belongs to another model"),
+        ("tensors", 0, "x" * 10**5, "belongs to another model"),
+        ("tensors", 1, "int9", "belongs to another model"),
+        ("tensors", 1, "int8+lqer4g0b4", "belongs to another model"),
+        ("tensors", 1, "half", "belongs to another model"),
+        ("tensors", 1, "y" * 10**5, "belongs to another model"),
+        ("tensors", 2, [10**9, 10**9], "belongs to another model"),
+        ("tensors", 2, [], "belongs to another model"),
+    ],
+)
+def test_forged_header_is_refused_in_one_line(forgery, key, column, value, words):
+    rows = json.loads(forgery.header)[key]
+    row = next(i for i, row in enumerate(rows) if str(row[1 if key == "tensors" else 0]).startswith("int8"))
+    assert words in forgery.refusal(forgery.changed(key, row, column, value))
+
+
+def test_swapped_lost_and_doubled_streams_are_refused(forgery):
+    header = json.loads(forgery.header)
+    rows = header["streams"]
+    for other in (rows[::-1], rows[1:], rows + rows[:1], []):
+        assert "does not hold the streams" in forgery.refusal(header | {"streams": other})
+    sizes = [[k, c, s + d] for (k, c, s), d in zip(rows, (5, -5, 0), strict=True)]
+    assert "cannot be decoded" in forgery.refusal(header | {"streams": sizes})
+    below = [[k, c, s] for (k, c, _), s in zip(rows, (-1, len(forgery.payload) + 1, 0), strict=True)]
+    assert "a length below zero" in forgery.refusal(header | {"streams": below})
+
+
+def test_header_that_is_a_bomb_or_nested_without_end_is_refused_without_being_held(forgery):
+    tracemalloc.start()
+    forgery.refusal(brotli.compress(b"[" * (64 << 20), quality=1))
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+    forgery.refusal(train_gpt.squeeze(b"[" * 100_000))
+
+
+def test_artifact_with_a_correction_is_another_model_where_none_is_configured():
+    forgery = Forgery(**LQER)
+    cfg = config(**LQER)
+    blob = export(
+        scrambled(cfg), cfg, train_gpt.corrected(scrambled(cfg), param_tags(scrambled(cfg)), {}, cfg)
+    ).blob
+    assert load(blob, cfg, lone(), "it")
+    with pytest.raises(UserError, match=r"belongs to another model: .*lqer2g16b4"):
+        load(blob, config(), lone(), "it")
+    for name in ("int8+lqer0g0b4", "int8+lqer9999g0b4", "int8+lqer4g0b9", "int8+lqer4g0b4 "):
+        row = next(i for i, row in enumerate(json.loads(forgery.header)["tensors"]) if row[1] == "int8")
+        assert "belongs to another model" in forgery.refusal(forgery.changed("tensors", row, 1, name))
+
+
+def test_1000_random_corruptions_of_an_artifact_are_refused_in_words(forgery):
+    random = np.random.default_rng(0)
+    for _ in range(1000):
+        damaged = bytearray(forgery.blob)
+        for at in random.integers(len(damaged), size=random.integers(1, 5)):
+            damaged[at] ^= random.integers(1, 256)
+        damaged = damaged[: random.integers(len(damaged) + 1)] if random.random() < 0.2 else damaged
+        if bytes(damaged) != forgery.blob:
+            with pytest.raises(UserError, match=r"^it (is|has) "):
+                load(bytes(damaged), forgery.cfg, lone(), "it")
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp4", "TERNARY_SCALE_STEP": 0.02}]
+)
+def test_random_corruptions_under_a_right_checksum_load_or_are_refused_in_words(knobs):
+    forgery, random, refused = Forgery(**knobs), np.random.default_rng(1), 0
+    text = train_gpt.squeeze(forgery.header.encode())
+    for _ in range(100):
+        damaged = bytearray(forgery.payload)
+        for at in random.integers(len(damaged), size=random.integers(1, 4)):
+            damaged[at] = random.integers(256)
+        blob = train_gpt.pack_container(b"PGLM", train_gpt.ARTIFACT_VERSION, text, bytes(damaged))
+        try:
+            model = load(blob, forgery.cfg, lone(), "it")
+            assert {n: p.shape for n, p in model.named_parameters()} == {
+                n: p.shape for n, p in scrambled(forgery.cfg).named_parameters()
+            }
+        except UserError as e:
+            refused += 1
+            assert re.match(r"it has a stream \S+ that cannot be decoded: .+; export it again$", str(e))
+    assert refused > 50
 
 
 # --------------------------------------------------------------------------------------

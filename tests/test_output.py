@@ -22,8 +22,8 @@ SCORE_LINE = re.compile(rf"^\s*([\w-]+(?: [\w-]+)*)[ :]+val_loss[:=]\s*({F})[ ,]
 KNOBS = {"SLIDING_WINDOW_ENABLED": 1, "ITERATIONS": 12, "VAL_LOSS_EVERY": 5, "VAL_MAX_TOKENS": 0}
 TAGS = {
     "pre_quant": ["pre-quantization post-ema"],
-    "roundtrip": ["quantized", "final_int8_brotli_roundtrip_exact"],
-    "sliding": ["quantized_sliding_window", "final_int8_brotli_sliding_window_exact"],
+    "roundtrip": ["quantized", "final_int8_rans_roundtrip_exact"],
+    "sliding": ["quantized_sliding_window", "final_int8_rans_sliding_window_exact"],
 }  # fmt: skip
 
 
@@ -115,10 +115,10 @@ DIALECT = [
     r"step:10/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
     r"peak memory allocated: [1-9]\d* MiB reserved: \d+ MiB",
     r"Code size: \d+ bytes",
-    r"Serialized model quantized\+brotli: \d+ bytes",
-    r"Total submission size quantized\+brotli: \d+ bytes",
+    r"Serialized model quantized\+rans: \d+ bytes",
+    r"Total submission size quantized\+rans: \d+ bytes",
     r"quantized val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} eval_time:\d+ms",
-    r"final_int8_brotli_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"final_int8_rans_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
 ]
 
 
@@ -152,9 +152,9 @@ def test_sizes_are_those_of_the_files(program):
     code = (ROOT / "train_gpt.py").stat().st_size
     model = (program.folder / "model.ptz").stat().st_size
     assert program.lines("Code size:") == [f"Code size: {code} bytes"]
-    assert program.lines("Serialized model")[-1] == f"Serialized model quantized+brotli: {model} bytes"
+    assert program.lines("Serialized model")[-1] == f"Serialized model quantized+rans: {model} bytes"
     (total,) = program.lines("Total submission size")
-    assert total == f"Total submission size quantized+brotli: {code + model} bytes"
+    assert total == f"Total submission size quantized+rans: {code + model} bytes"
     want = {"code": code, "model": model, "total": code + model, "limit": 16_000_000}
     assert program.results["bytes"] == want
 
@@ -167,8 +167,8 @@ def test_submission_over_the_limit_is_named(tmp_path, toy_data, monkeypatch):
     assert over.lines("over_budget")[0].startswith("over_budget: 5 bytes above ")
 
 
-def test_log_on_the_terminal_is_that_of_the_file_without_source_and_knobs(program):
-    quiet = [line for line in program.log if not line.startswith(("Running", "knob:"))]
+def test_log_on_the_terminal_is_that_of_the_file_without_source_knobs_and_tensors(program):
+    quiet = [line for line in program.log if not line.startswith(("Running", "knob:", "tensor:"))]
     assert program.read("stdout.txt").splitlines() == quiet
     assert program.read("stderr.txt") == ""
 

@@ -2355,7 +2355,7 @@ def expand_brotli(data: bytes, most: int) -> bytes:
 
     reader, out = brotli.Decompressor(), b""
     try:
-        if hasattr(reader, "can_accept_more_data"):
+        if "can_accept_more_data" in dir(reader):
             out = reader.process(data, output_buffer_limit=most + 1)
             while not reader.is_finished() and not reader.can_accept_more_data() and len(out) <= most:
                 out += reader.process(b"", output_buffer_limit=most + 1 - len(out))
@@ -3831,17 +3831,18 @@ def well_formed(header: object) -> bool:
         isinstance(knobs, dict)
         and all(env in shapes and isinstance(text, str) for env, text in knobs.items())
         and isinstance(header["config_hash"], str)
-        and isinstance(header["tensors"], list)
-        and all(well_named(row) for row in header["tensors"])
+        and well_named(header["tensors"])
         and isinstance(rows, list)
         and all(isinstance(row, list) and [type(x) for x in row] == [str, str, int] for row in rows)
     )
 
 
-def well_named(row: object) -> bool:
-    """Whether a tensor's row is a name, a codec and a shape that fit in a line of an error message."""
-    types = [type(x) for x in row] if isinstance(row, list) else []
-    return types == [str, str, list] and row[0].isprintable() and len(repr(row)) <= 300
+def well_named(rows: object) -> bool:
+    """Whether each row is a name, a codec and a shape that fit in a line of an error message."""
+    return isinstance(rows, list) and all(
+        [type(x) for x in row] == [str, str, list] and row[0].isprintable() and len(repr(row)) <= 300
+        for row in (row if isinstance(row, list) else [] for row in rows)
+    )
 
 
 def open_artifact(blob: bytes, cfg: Config, world: World, what: str) -> Artifact:

@@ -3876,8 +3876,9 @@ def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, 
     write_atomic(world.run_dir / "model.ptz", shipment.blob)
     write_atomic(world.run_dir / "bytes.json", json.dumps(table, indent=1).encode())
     for row in table["tensors"]:
-        cells = (f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items() if k != "name")
-        world.journal.log(f"tensor:{row['name']} {' '.join(cells)}", file_only=True)
+        name, *cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())
+        cells = " ".join(f"{k}:{v}" for k, v in zip(list(row)[1:], cells, strict=True))
+        world.journal.log(f"tensor:{name} {cells}", file_only=True)
     blob = (world.run_dir / "model.ptz").read_bytes()
     world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
     return blob

@@ -629,6 +629,28 @@ def reduce_different_gradients() -> None:
     dist.destroy_process_group()
 
 
+def share_16_megabytes() -> None:
+    """Rank 0's random bytes on every rank, with the seconds that took."""
+    import hashlib
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    import train_gpt
+
+    dist.init_process_group("gloo")
+    cpu, alone = torch.device("cpu"), train_gpt.Journal(None)
+    world = train_gpt.World(my_rank(), dist.get_world_size(), cpu, torch.float32, False, alone, Path())
+    mine = os.urandom(16_000_000)
+    dist.barrier()
+    begin = time.perf_counter()
+    blob = world.share(lambda: mine)
+    seconds = time.perf_counter() - begin
+    NOTES.update(seconds=seconds, bytes=len(blob), digest=hashlib.sha256(blob).hexdigest())
+    dist.destroy_process_group()
+
+
 def poll_checkpoints() -> None:
     """Load the newest checkpoint of FOLDER again and again until a file `done` is there, and count failures.
 

@@ -325,11 +325,21 @@ def rungs_of(run: Run) -> list[tuple[str, int, int]]:
 RUNGS = ["as configured", "MLP_CLIP_SIGMAS=9.0", "EMBED_BITS=5", "LQER_ENABLED=0.0", "MATRIX_BITS=4"]
 
 
-@pytest.mark.parametrize("stop", range(5))
-def test_rungs_are_taken_in_order_and_no_further_than_needed(tmp_path, monkeypatch, stop):
-    whole, *_ = laddered(tmp_path / "whole", 0, monkeypatch)
-    sizes = [size for _, size, _ in rungs_of(whole)]
+@pytest.fixture(scope="module")
+def whole_ladder(tmp_path_factory) -> list[int]:
+    """Bytes of the weights after each rung."""
+    with pytest.MonkeyPatch.context() as patch:
+        run, cfg, blob = laddered(tmp_path_factory.mktemp("ladder") / "run", 100, patch)
+    sizes = [size for _, size, _ in rungs_of(run)]
+    assert [name for name, *_ in rungs_of(run)] == RUNGS
+    assert load(blob, cfg, lone(), "the artifact"), "it ships although the ladder is too short"
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5
+    return sizes
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_rungs_are_taken_in_order_and_no_further_than_needed(tmp_path, monkeypatch, whole_ladder, stop):
+    sizes = whole_ladder
     run, cfg, blob = laddered(tmp_path / "run", sizes[stop] + 1000, monkeypatch)
     found = rungs_of(run)
     assert [name for name, _, _ in found] == RUNGS[: stop + 1]
@@ -345,12 +355,6 @@ def test_rungs_are_taken_in_order_and_no_further_than_needed(tmp_path, monkeypat
         assert (model.get_parameter(name) - p).abs().max() <= near * p.abs().max()
 
 
-def test_ladder_that_is_too_short_is_climbed_to_its_end_and_still_ships(tmp_path, monkeypatch):
-    run, cfg, blob = laddered(tmp_path / "run", 100, monkeypatch)
-    assert [name for name, *_ in rungs_of(run)] == RUNGS
-    assert load(blob, cfg, lone(), "the artifact")
-
-
 def test_lowered_artifact_scores_alone_as_in_its_run(tmp_path, toy_data, monkeypatch):
     limit = run_here(tmp_path / "whole", toy_data, **LQER).results["bytes"]["total"] - 300
     monkeypatch.setattr(train_gpt, "SIZE_LIMIT", limit)
@@ -361,24 +365,19 @@ def test_lowered_artifact_scores_alone_as_in_its_run(tmp_path, toy_data, monkeyp
     assert figures(again, "roundtrip") == figures(run.results["scores"], "roundtrip")
 
 
-BAD_LADDERS = [
-    "MLP_MULT=2", "EMBED_BITS", "EMBED_BITS=9", "EMBED_BITS=1", "EMBED_BITS=x", "LQER_ENABLED=1",
-    "MLP_CLIP_SIGMAS=0", "MLP_CLIP_SIGMAS=nan", "=3", "MATRIX_BITS=4;EMBED_BITS=4",
+NO_RUNGS = [
+    "MLP_MULT=2", "EMBED_BITS", "EMBED_BITS=9", "EMBED_BITS=1", "EMBED_BITS=x", "LQER_ENABLED=1", "=3",
+    "MLP_CLIP_SIGMAS=0", "MLP_CLIP_SIGMAS=nan", "MATRIX_BITS=4;EMBED_BITS=4", "EMBED_BITS=5.5",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ladder", BAD_LADDERS)
+@pytest.mark.parametrize("ladder", NO_RUNGS)
 def test_ladder_of_something_else_is_refused_in_one_line(ladder):
     with pytest.raises(
         UserError, match=r"^SIZE_LADDER='.*' is no rung; want KNOB=value of MATRIX_BITS"
     ) as found:
         config(SIZE_LADDER=ladder)
     assert "\n" not in str(found.value)
-
-
-def test_half_a_bit_is_no_rung():
-    with pytest.raises(UserError, match="is no rung"):
-        config(SIZE_LADDER="EMBED_BITS=5.5")
 
 
 def test_code_bytes_stand_for_the_files_own(tmp_path, toy_data):
@@ -490,13 +489,13 @@ def forgery() -> Forgery:
         ("streams", 2, 10**15, "does not hold the streams"),
         ("streams", 2, 1.5, "a header that this program would not write"),
         ("streams", 2, True, "a header that this program would not write"),
-        ("tensors", 0, "a\nb", "belongs to another model"),
-        ("tensors", 0, "\ud800", "belongs to another model"),
-        ("tensors", 0, "x" * 10**5, "belongs to another model"),
+        ("tensors", 0, "a\nb", "a header that this program would not write"),
+        ("tensors", 0, "\ud800", "a header that this program would not write"),
+        ("tensors", 0, "x" * 10**5, "a header that this program would not write"),
         ("tensors", 1, "int9", "belongs to another model"),
         ("tensors", 1, "int8+lqer4g0b4", "belongs to another model"),
         ("tensors", 1, "half", "belongs to another model"),
-        ("tensors", 1, "y" * 10**5, "belongs to another model"),
+        ("tensors", 1, "y" * 10**5, "a header that this program would not write"),
         ("tensors", 2, [10**9, 10**9], "belongs to another model"),
         ("tensors", 2, [], "belongs to another model"),
     ],
@@ -519,8 +518,9 @@ def test_swapped_lost_and_doubled_streams_are_refused(forgery):
 
 
 def test_header_that_is_a_bomb_or_nested_without_end_is_refused_without_being_held(forgery):
+    bomb = brotli.compress(b"[" * (64 << 20), quality=1)
     tracemalloc.start()
-    forgery.refusal(brotli.compress(b"[" * (64 << 20), quality=1))
+    forgery.refusal(bomb)
     assert tracemalloc.get_traced_memory()[1] < 16 << 20
     tracemalloc.stop()
     forgery.refusal(train_gpt.squeeze(b"[" * 100_000))
@@ -549,7 +549,7 @@ def test_1000_random_corruptions_of_an_artifact_are_refused_in_words(forgery):
         damaged = damaged[: random.integers(len(damaged) + 1)] if random.random() < 0.2 else damaged
         if bytes(damaged) != forgery.blob:
             with pytest.raises(UserError, match=r"^it (is|has) "):
-                load(bytes(damaged), forgery.cfg, lone(), "it")
+                open_artifact(bytes(damaged), forgery.cfg, lone(), "it")
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_1000_random_corruptions_of_an_artifact_are_refused_in_words(forgery):
 def test_random_corruptions_under_a_right_checksum_load_or_are_refused_in_words(knobs):
     forgery, random, refused = Forgery(**knobs), np.random.default_rng(1), 0
     text = train_gpt.squeeze(forgery.header.encode())
-    for _ in range(100):
+    for _ in range(25):
         damaged = bytearray(forgery.payload)
         for at in random.integers(len(damaged), size=random.integers(1, 4)):
             damaged[at] = random.integers(256)
@@ -571,7 +571,7 @@ def test_random_corruptions_under_a_right_checksum_load_or_are_refused_in_words(
         except UserError as e:
             refused += 1
             assert re.match(r"it has a stream \S+ that cannot be decoded: .+; export it again$", str(e))
-    assert refused > 50
+    assert 0 < refused < 25
 
 
 # --------------------------------------------------------------------------------------

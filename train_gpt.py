@@ -2074,7 +2074,7 @@ class LowRank:
 class Ternary:
     """-1, 0 or 1 times a scale per group of columns (BitNet b1.58; SKC notes 2.1 and 4.2).
 
-    scale = mean |w| of the group's own entries, rounded to float16, then 2^-14 to 65504; an entry of half
+    scale = mean |w| of the group's own entries, rounded to float16, then at least 2^-14; an entry of half
     the scale or more is not zero. With log_step > 0 the scale that ships is a power of 1 + log_step,
     stored as the row's mean exponent and what differs from it: about 5 bits instead of 11.
     """
@@ -2094,12 +2094,12 @@ class Ternary:
         """(R,C) -> trits (R,G,g) and scales (R,G), which a power of 1 + log_step may still replace."""
         z = self.groups(rows)
         real = self.groups(torch.ones_like(rows[:1])).sum(2)  # entries of each group, without the filling
-        scale = (z.abs().sum(2) / real).half().float().clamp(2.0**-14, 65504.0)
+        scale = (z.abs().sum(2) / real).half().float().clamp_min(2.0**-14)
         return torch.where(z.abs() / scale[..., None] >= 0.5, z.sign(), 0.0) + 0.0, scale
 
     def exponents(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(R,G) -> the row's mean exponent (R,1), and each group's difference from it, within a byte."""
-        power = torch.log2(scale.double()) / math.log2(1 + self.log_step)
+        power = torch.log2(scale.double().clamp_max(65504.0)) / math.log2(1 + self.log_step)  # none is infinite
         mean = power.mean(1, keepdim=True).round()
         return mean, (power.round() - mean).clamp(-127, 127)
 

@@ -2098,8 +2098,8 @@ class Ternary:
         return torch.where(z.abs() / scale[..., None] >= 0.5, z.sign(), 0.0) + 0.0, scale
 
     def exponents(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(R,G) -> the row's mean exponent (R,1), and each group's difference from it, within a byte."""
-        power = torch.log2(scale.double().clamp_max(65504.0)) / math.log2(1 + self.log_step)  # none is infinite
+        """(R,G) -> the row's mean exponent (R,1), and each group's difference from it, a byte; all finite."""
+        power = torch.log2(scale.double().clamp_max(65504.0)) / math.log2(1 + self.log_step)
         mean = power.mean(1, keepdim=True).round()
         return mean, (power.round() - mean).clamp(-127, 127)
 

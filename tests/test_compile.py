@@ -186,7 +186,7 @@ def test_compiled_blocks_are_trained_through_the_bits_that_ship(knobs):
 
     Here that made 0.003 to 0.1 nats, where the order of sums makes 3e-6.
     """
-    cfg, world = config(**knobs, NUM_LAYERS=1), dataclasses.replace(lone(), compiling=True)
+    cfg, world = config(**knobs, NUM_LAYERS=1, QAT_ENABLED=1), dataclasses.replace(lone(), compiling=True)
     model, tokens = scrambled(cfg), tokens_of(2, 33, cfg)
     shipped = train_gpt.load(train_gpt.export(model, cfg).blob, cfg, lone(), "it").eval()
     with torch.no_grad():  # gains are float16 in the artifact alone

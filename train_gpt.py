@@ -3828,11 +3828,9 @@ def well_formed(header: object) -> bool:
     knobs, rows = header["knobs"], header["streams"]
     shapes = {env for env, (section, _) in all_knobs().items() if section in SHAPE_SECTIONS} | {*SHAPE_KNOBS}
     return (
-        isinstance(knobs, dict)
+        [type(header[key]) for key in ("knobs", "config_hash", "streams")] == [dict, str, list]
         and all(env in shapes and isinstance(text, str) for env, text in knobs.items())
-        and isinstance(header["config_hash"], str)
         and well_named(header["tensors"])
-        and isinstance(rows, list)
         and all(isinstance(row, list) and [type(x) for x in row] == [str, str, int] for row in rows)
     )
 

@@ -329,6 +329,14 @@ KNOBS = [
 ]  # fmt: skip
 
 
+def test_every_knob_of_the_artifacts_numbers_is_among_them():
+    elsewhere = {"MATRIX_BITS", "EMBED_BITS", "INT8_CLIP_PERCENTILE", "ROW_SCALE_FLOOR"}  # test_train.py
+    elsewhere |= {"GPTQ_RESERVE_SECONDS", "SIZE_LADDER", "CODE_BYTES"}
+    sections = ("export", "gptq", "size")
+    knobs = {env for env, (section, _) in train_gpt.all_knobs().items() if section in sections}
+    assert {env for _, change in KNOBS for env in change} == knobs - elsewhere
+
+
 @pytest.mark.parametrize(("base", "change"), KNOBS, ids=str)
 def test_knob_changes_the_artifact(toy_data, base, change):
     payloads = []

@@ -764,7 +764,8 @@ def settle_parameters(tree: ast.Module) -> None:
     for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and is_harmless(node)]:
         name, called = function.name, calls[function.name]
         hidden = any(is_unpacked(arg) for call in called for arg in (*call.args, *call.keywords))
-        hidden = hidden or function.args.vararg or function.args.kwarg
+        args = function.args
+        hidden = hidden or args.vararg or args.kwarg or args.posonlyargs
         if not hidden and len(called) == read[name] and bound[name] == 1:
             Signature(function, called).settle()
 

@@ -45,6 +45,22 @@ VAL_MAX_TOKENS=1500
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _folded_once():
+    """Fold each recipe once for all tests of this process; nothing changes a tree after that."""
+    fold, known = builder.fold, {}
+
+    def fold_once(source: str, recipe: builder.Recipe) -> builder.Folded:
+        key = (source, *sorted(recipe.env.items()))
+        if key not in known:
+            known[key] = fold(source, recipe)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "fold", fold_once)
+        yield
+
+
 def small_recipe() -> str:
     tiny = {name: text for name, text in tiny_env(DEVICE="cpu").items() if name != "VAL_BATCH_TOKENS"}
     return "".join(f"{name}={text}\n" for name, text in tiny.items()) + FEATURES
@@ -295,23 +311,9 @@ def test_baseline_builds_and_is_bound_to_its_twin(tmp_path, capsys):
 
 
 @pytest.fixture
-def unproven(monkeypatch, made_before):
-    """The builder without the run of the twins, and with the stages that another test has made already."""
-    make = builder.make_stages
-
-    def make_once(source: str, recipe: builder.Recipe, *words: str) -> builder.Stages:
-        key = (source, tuple(sorted(recipe.env.items())), *words)
-        if key not in made_before:
-            made_before[key] = make(source, recipe, *words)
-        return made_before[key]
-
+def unproven(monkeypatch):
+    """The builder without the run of the twins."""
     monkeypatch.setattr(builder, "prove", lambda *_: builder.Proof({}, 0, ""))
-    monkeypatch.setattr(builder, "make_stages", make_once)
-
-
-@pytest.fixture(scope="module")
-def made_before() -> dict:
-    return {}
 
 
 @pytest.mark.parametrize("stage", ["frozen", "folded", "minified"])
@@ -648,8 +650,8 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def sampled(names: list[str]) -> list:
-    """Two by default, besides what other tests build; all with --full."""
-    kept = random.Random(0).sample(names, 2)
+    """One besides all at once by default, as other tests build the baseline; all with --full."""
+    kept = ["all on", random.Random(0).choice(names)]
     return [name if name in kept else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 

@@ -145,6 +145,7 @@ def test_packed_program_trains_exports_and_scores_as_the_source_does(runs):
     traced = {key for line in source.splitlines() for key in json.loads(line)}
     assert {"step", "artifact_sha256", "score"} <= traced
     assert (runs["source"] / "model.ptz").read_bytes() == (runs["packed"] / "model.ptz").read_bytes()
+    assert [(folder / "checkpoints").exists() for folder in runs.values()] == [True, False]
 
 
 def test_packed_program_tells_its_stage_and_its_own_size(runs, built):
@@ -724,7 +725,9 @@ def branches(tree: ast.Module) -> ast.Module:
         ("assert 1, 'no'", ""),
         ("def f():\n    return 1\n    g()", "def f():\n    return 1"),
         ("def f():\n    if 0:\n        g()", "def f():\n    pass"),
-        ("def f():\n    if 1:\n        return\n    yield", "def f():\n    if 1:\n        return\n    yield"),
+        ("def f():\n    if 1:\n        return\n    yield", "def f():\n    return\n    yield"),
+        ("def f():\n    return\n    yield", "def f():\n    return\n    yield"),
+        ("def f():\n    if 0:\n        yield", "def f():\n    if 0:\n        yield"),
         (
             "def f():\n    if 0:\n        x = 1\n    return x",
             "def f():\n    if 0:\n        x = 1\n    return x",

@@ -650,12 +650,17 @@ class Branches(ast.NodeTransformer):
         return None if value and value[0] else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Left as it is where the dropped branch made it a generator, or made a name its own."""
-        before = copied(node)
+        """Left as it is where a dropped branch made it a generator, or made a name its own."""
+        branching = any(isinstance(part, (ast.If, ast.While)) for part in ast.walk(node))
+        before = copied(node) if branching else node
         self.generic_visit(node)
+        if not branching:
+            return node
         tidy(node)
-        lost = (names_bound(before).keys() - names_bound(node).keys()) & names_read(node).keys()
-        return before if lost or yields(before) != yields(node) else node
+        lost = names_bound(before).keys() - names_bound(node).keys()
+        if (lost and lost & names_read(node).keys()) or yields(before) != yields(node):
+            return before
+        return node
 
 
 def formatted(part: ast.AST) -> ast.AST:
@@ -685,10 +690,14 @@ def yields(function: ast.AST) -> bool:
 
 
 def tidy(tree: ast.AST) -> None:
-    """Cut what follows a return, raise, continue or break; drop lonely literals; fill with pass."""
+    """Cut what follows a return, raise, continue or break; drop lonely literals; fill with pass.
+
+    A yield stays even there: it is what makes its function a generator.
+    """
     for node, field, statements in bodies(tree):
         ends = [i for i, statement in enumerate(statements) if isinstance(statement, LEAVERS)]
-        kept = statements[: ends[0] + 1] if ends else statements
+        rest = ast.Module(statements[ends[0] + 1 :] if ends else [], [])
+        kept = statements if yields(rest) else statements[: len(statements) - len(rest.body)]
         kept = [s for i, s in enumerate(kept) if i == 0 or not is_idle(s)]
         if kept and isinstance(kept[0], ast.Pass) and len(kept) > 1:
             kept = kept[1:]
@@ -764,7 +773,8 @@ def settle_parameters(tree: ast.Module) -> None:
     for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and is_harmless(node)]:
         name, called = function.name, calls[function.name]
         hidden = any(is_unpacked(arg) for call in called for arg in (*call.args, *call.keywords))
-        hidden = hidden or function.args.vararg or function.args.kwarg
+        args = function.args
+        hidden = hidden or args.vararg or args.kwarg or args.posonlyargs
         if not hidden and len(called) == read[name] and bound[name] == 1:
             Signature(function, called).settle()
 
@@ -776,13 +786,13 @@ class Signature:
         self.function, self.calls, self.args = function, calls, function.args
 
     def settle(self) -> None:
-        bound = names_bound(self.function)
+        bound, read = names_bound(self.function), names_read(ast.Module(self.function.body, []))
         for parameter in [*self.args.args, *self.args.kwonlyargs]:
             name, given = parameter.arg, [self.given(call, parameter) for call in self.calls]
             if not given or bound[name] > 1 or not all(arg and is_pure(arg) for arg in given):
                 continue
             same = {(ast.dump(arg), getattr(arg, "knob", "")) for arg in given}
-            if not any(names_read(statement)[name] for statement in self.function.body):
+            if not read[name]:
                 self.drop(parameter)
             elif is_short(given[0]) and len(same) == 1:
                 substitute = Substitute({name: given[0]})
@@ -1473,12 +1483,19 @@ def check_values(stage: Stage, twin: Stage, recipe: Folded, tiny: Folded) -> Non
 
 
 def check_definitions(recipe: Folded, tiny: Folded, gates: list[Gate]) -> None:
-    """Where gates differ, the definitions do that hold one, and those that are on one side only."""
+    """Where gates differ, those definitions do that hold one, or call what has lost other parameters."""
     ours, theirs = (definitions(folded) for folded in (recipe, tiny))
-    for name in set(unproven(recipe, tiny)) & ours.keys() & theirs.keys():
+    both = ours.keys() & theirs.keys()
+    called = {name for name in both if parameters(ours[name]) != parameters(theirs[name])}
+    for name in sorted(both & set(unproven(recipe, tiny))):
         first, last = ours[name].lineno, ours[name].end_lineno
-        if not any(first <= gate.line <= last for gate in gates):
+        held = any(first <= gate.line <= last for gate in gates)
+        if not (held or called & globals_read(ours[name])):
             raise BuildError(f"{name} differs from its proven twin in more than the values of knobs")
+
+
+def parameters(node: ast.stmt) -> str:
+    return ast.unparse(node.args) if isinstance(node, FUNCTIONS) else ""
 
 
 def unproven(recipe: Folded, tiny: Folded) -> list[str]:

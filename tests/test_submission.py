@@ -45,6 +45,22 @@ VAL_MAX_TOKENS=1500
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _folded_once():
+    """Fold each recipe once for all tests of this process; nothing changes a tree after that."""
+    fold, known = builder.fold, {}
+
+    def fold_once(source: str, recipe: builder.Recipe) -> builder.Folded:
+        key = (source, *sorted(recipe.env.items()))
+        if key not in known:
+            known[key] = fold(source, recipe)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "fold", fold_once)
+        yield
+
+
 def small_recipe() -> str:
     tiny = {name: text for name, text in tiny_env(DEVICE="cpu").items() if name != "VAL_BATCH_TOKENS"}
     return "".join(f"{name}={text}\n" for name, text in tiny.items()) + FEATURES
@@ -129,6 +145,7 @@ def test_packed_program_trains_exports_and_scores_as_the_source_does(runs):
     traced = {key for line in source.splitlines() for key in json.loads(line)}
     assert {"step", "artifact_sha256", "score"} <= traced
     assert (runs["source"] / "model.ptz").read_bytes() == (runs["packed"] / "model.ptz").read_bytes()
+    assert [(folder / "checkpoints").exists() for folder in runs.values()] == [True, False]
 
 
 def test_packed_program_tells_its_stage_and_its_own_size(runs, built):
@@ -295,23 +312,9 @@ def test_baseline_builds_and_is_bound_to_its_twin(tmp_path, capsys):
 
 
 @pytest.fixture
-def unproven(monkeypatch, made_before):
-    """The builder without the run of the twins, and with the stages that another test has made already."""
-    make = builder.make_stages
-
-    def make_once(source: str, recipe: builder.Recipe, *words: str) -> builder.Stages:
-        key = (source, tuple(sorted(recipe.env.items())), *words)
-        if key not in made_before:
-            made_before[key] = make(source, recipe, *words)
-        return made_before[key]
-
+def unproven(monkeypatch):
+    """The builder without the run of the twins."""
     monkeypatch.setattr(builder, "prove", lambda *_: builder.Proof({}, 0, ""))
-    monkeypatch.setattr(builder, "make_stages", make_once)
-
-
-@pytest.fixture(scope="module")
-def made_before() -> dict:
-    return {}
 
 
 @pytest.mark.parametrize("stage", ["frozen", "folded", "minified"])
@@ -589,6 +592,19 @@ def test_gate_that_the_twin_has_otherwise_is_reported(tmp_path, unproven, capsys
     assert "GPT" not in checks["definitions that the twin has otherwise"]
 
 
+def test_definition_that_differs_without_a_gate_is_caught(source):
+    recipe = builder.make_recipe({"COMPILE": "1"})
+    ours, theirs = (builder.fold(source, r) for r in (recipe, builder.tiny_twin(recipe)))
+    gates = builder.differing_gates(source, ours, theirs)
+    builder.check_definitions(ours, theirs, gates)
+    text = changed(ast.unparse(ours.tree), "3.4445", "3.4446")
+    tree = ast.parse(text)
+    for node, line in zip(tree.body, (old.lineno for old in ours.tree.body), strict=True):
+        ast.increment_lineno(node, line - node.lineno)
+    with pytest.raises(builder.BuildError, match="differs from its proven twin in more than the values"):
+        builder.check_definitions(ours._replace(tree=tree), theirs, gates)
+
+
 def test_program_that_never_ends_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "TWIN_SECONDS", 1)
     program = tmp_path / "frozen" / "train_gpt.py"
@@ -648,8 +664,8 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def sampled(names: list[str]) -> list:
-    """Two by default, besides what other tests build; all with --full."""
-    kept = random.Random(0).sample(names, 2)
+    """One besides all at once by default, as other tests build the baseline; all with --full."""
+    kept = ["all on", random.Random(0).choice(names)]
     return [name if name in kept else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
@@ -722,7 +738,9 @@ def branches(tree: ast.Module) -> ast.Module:
         ("assert 1, 'no'", ""),
         ("def f():\n    return 1\n    g()", "def f():\n    return 1"),
         ("def f():\n    if 0:\n        g()", "def f():\n    pass"),
-        ("def f():\n    if 1:\n        return\n    yield", "def f():\n    if 1:\n        return\n    yield"),
+        ("def f():\n    if 1:\n        return\n    yield", "def f():\n    return\n    yield"),
+        ("def f():\n    return\n    yield", "def f():\n    return\n    yield"),
+        ("def f():\n    if 0:\n        yield", "def f():\n    if 0:\n        yield"),
         (
             "def f():\n    if 0:\n        x = 1\n    return x",
             "def f():\n    if 0:\n        x = 1\n    return x",

@@ -1929,7 +1929,8 @@ class IntRow:
     def step(self, rows: Tensor) -> Tensor:
         """(R,C) -> (R,1), as the artifact holds it. A row of zeros has step 1."""
         if self.sigmas > 0 and rows.shape[1] > 1:
-            clip = self.sigmas * rows.std(1, keepdim=True)
+            # a row that hardly varies about its mean would be clipped to nothing
+            clip = torch.maximum(self.sigmas * rows.std(1, keepdim=True), rows.abs().amax(1, keepdim=True) / 16)
         elif self.percentile < 100.0:
             clip = torch.quantile(rows.abs(), self.percentile / 100.0, dim=1, keepdim=True)
         else:

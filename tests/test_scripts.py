@@ -176,7 +176,7 @@ def test_missing_env_file_is_refused_in_one_line(project, name):
 # --------------------------------------------------------------------------------------
 
 DRIVER = Path("/dev/nvidia0").exists()
-FOUR = "pip: torch==2.13.0 numpy>=2.0,<3 sentencepiece>=0.2.0,<0.3 brotli>=1.1,<2 "
+FOUR = "pip: torch==2.13.0 numpy>=2.0,<3 sentencepiece>=0.2.0,<0.3 brotli>=1.2,<2 "
 FOUR += "triton>=3.5,<4; " if DRIVER else ""
 
 

@@ -1928,13 +1928,12 @@ class IntRow:
 
     def step(self, rows: Tensor) -> Tensor:
         """(R,C) -> (R,1), as the artifact holds it. A row of zeros has step 1."""
+        clip = rows.abs().amax(1, keepdim=True)
         if self.sigmas > 0 and rows.shape[1] > 1:
-            # a row that hardly varies about its mean would be clipped to nothing
-            clip = torch.maximum(self.sigmas * rows.std(1, keepdim=True), rows.abs().amax(1, keepdim=True) / 16)
+            # at least a sixteenth: a row that hardly varies about its mean would be clipped to nothing
+            clip = torch.maximum(self.sigmas * rows.std(1, keepdim=True), clip / 16)
         elif self.percentile < 100.0:
             clip = torch.quantile(rows.abs(), self.percentile / 100.0, dim=1, keepdim=True)
-        else:
-            clip = rows.abs().amax(1, keepdim=True)
         step = (clip / self.top).clamp_min(self.floor).half().float()
         return torch.where(step > 0, step, torch.ones_like(step))  # float16 may underflow (frontier trap 32)
 

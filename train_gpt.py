@@ -117,7 +117,8 @@ class RunConfig:
     precompile: bool = knob("PRECOMPILE", False, "fill the compile cache with the warm-up's graphs and stop")
     nll_path: str = knob("NLL_PATH", "", ".npy that receives the nats of every target of the declared score")
     progress: bool = knob("PROGRESS", True, "a live bar on a terminal that has tqdm")
-    forecast: bool = knob("FORECAST", True, "say before the first step what bytes and memory the run takes")
+    forecast: bool = knob("FORECAST", True, "say early what bytes and memory the run takes, refuse "
+                          "what cannot fit, and write bytes.json")
     log_every: int = knob("TRAIN_LOG_EVERY", 200, "steps between log lines", within=(0, None), tiny=1)
     val_every: int = knob("VAL_LOSS_EVERY", 1000, "steps between validations, 0 = off",
                           within=(0, None), tiny=0)
@@ -3872,16 +3873,22 @@ def fit(model: GPT, hessians: dict[str, Tensor], code: int, cfg: Config, world: 
 def ship(model: GPT, hessians: dict[str, Tensor], code_bytes: int, cfg: Config, world: World) -> bytes:
     """Write model.ptz and its byte table, and return what is on the disk."""
     shipment = fit(model, hessians, code_bytes, cfg, world)
-    table = byte_table(shipment)
     write_atomic(world.run_dir / "model.ptz", shipment.blob)
+    if cfg.run.forecast:
+        write_byte_table(shipment, world)
+    blob = (world.run_dir / "model.ptz").read_bytes()
+    world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
+    return blob
+
+
+def write_byte_table(shipment: Shipment, world: World) -> None:
+    """bytes.json, and a line for each tensor in the log file."""
+    table = byte_table(shipment)
     write_atomic(world.run_dir / "bytes.json", json.dumps(table, indent=1).encode())
     for row in table["tensors"]:
         name, *cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())
         cells = " ".join(f"{k}:{v}" for k, v in zip(list(row)[1:], cells, strict=True))
         world.journal.log(f"tensor:{name} {cells}", file_only=True)
-    blob = (world.run_dir / "model.ptz").read_bytes()
-    world.journal.trace(artifact_sha256=hashlib.sha256(blob).hexdigest())
-    return blob
 
 
 def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
@@ -4055,7 +4062,7 @@ def predicted_bytes(cfg: Config, world: World, bottom: bool = False) -> int:
     """Artifact size expected before training, from the codecs' own estimates; or at the ladder's bottom."""
     shape = empty_model(cfg, world)
     params, tags = dict(shape.named_parameters()), param_tags(shape)
-    for name, value in ladder_rungs(cfg.size.ladder) if bottom else ():
+    for name, value in ladder_rungs(cfg.size.ladder) if cfg.size.ladder and bottom else ():
         tags = lowered(tags, name, value)
     return int(sum(tag.codec.bits(tuple(params[name].shape)) for name, tag in tags.items()) / 8)
 
@@ -4332,8 +4339,8 @@ def log_plan(model: GPT, cfg: Config, world: World) -> None:
         f"head_lr:{0.0 if cfg.model.tied else cfg.optim.head_lr} matrix_lr:{cfg.optim.matrix_lr} "
         f"scalar_lr:{cfg.optim.scalar_lr}"
     )
-    refuse_hopeless_size(cfg, world)
     if cfg.run.forecast:
+        refuse_hopeless_size(cfg, world)
         log_forecast(param_count(model), cfg, world)
 
 
@@ -4498,7 +4505,8 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
             * score.partial
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
-        log_weighed_bytes(t.model, facts.code_bytes, world)
+        if cfg.run.forecast:
+            log_weighed_bytes(t.model, facts.code_bytes, world)
 
     with world.journal.phase("train"):
         asked = train_and_save(t, validate) if cfg.run.saves else train(t, validate)

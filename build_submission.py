@@ -1483,12 +1483,19 @@ def check_values(stage: Stage, twin: Stage, recipe: Folded, tiny: Folded) -> Non
 
 
 def check_definitions(recipe: Folded, tiny: Folded, gates: list[Gate]) -> None:
-    """Where gates differ, the definitions do that hold one, and those that are on one side only."""
+    """Where gates differ, those definitions do that hold one, or call what has lost other parameters."""
     ours, theirs = (definitions(folded) for folded in (recipe, tiny))
-    for name in set(unproven(recipe, tiny)) & ours.keys() & theirs.keys():
+    both = ours.keys() & theirs.keys()
+    called = {name for name in both if parameters(ours[name]) != parameters(theirs[name])}
+    for name in sorted(both & set(unproven(recipe, tiny))):
         first, last = ours[name].lineno, ours[name].end_lineno
-        if not any(first <= gate.line <= last for gate in gates):
+        held = any(first <= gate.line <= last for gate in gates)
+        if not (held or called & globals_read(ours[name])):
             raise BuildError(f"{name} differs from its proven twin in more than the values of knobs")
+
+
+def parameters(node: ast.stmt) -> str:
+    return ast.unparse(node.args) if isinstance(node, FUNCTIONS) else ""
 
 
 def unproven(recipe: Folded, tiny: Folded) -> list[str]:

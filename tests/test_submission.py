@@ -592,6 +592,18 @@ def test_gate_that_the_twin_has_otherwise_is_reported(tmp_path, unproven, capsys
     assert "GPT" not in checks["definitions that the twin has otherwise"]
 
 
+def test_definition_that_differs_without_a_gate_is_caught(source):
+    recipe = builder.make_recipe({"COMPILE": "1"})
+    ours, theirs = (builder.fold(source, r) for r in (recipe, builder.tiny_twin(recipe)))
+    gates = builder.differing_gates(source, ours, theirs)
+    builder.check_definitions(ours, theirs, gates)
+    tree = builder.copied(ours.tree)
+    places = [n for n in ast.walk(tree) if ast.unparse(n) == "3.4445"]
+    places[0].value = 3.4446
+    with pytest.raises(builder.BuildError, match=r"^orthogonalize differs from its proven twin in more than"):
+        builder.check_definitions(ours._replace(tree=tree), theirs, gates)
+
+
 def test_program_that_never_ends_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "TWIN_SECONDS", 1)
     program = tmp_path / "frozen" / "train_gpt.py"

@@ -410,7 +410,7 @@ class Mutator(ast.NodeTransformer):
     def here(self, node: ast.AST) -> bool:
         self.count += 1
         if self.count - 1 == self.place:
-            self.line = ast.unparse(node).splitlines()[0]
+            self.line = f"line {node.lineno} of the folded text: {ast.unparse(node).splitlines()[0][:60]}"
         return self.count - 1 == self.place
 
     def visit_Compare(self, node):
@@ -428,6 +428,8 @@ class Mutator(ast.NodeTransformer):
         return node  # what is said to people is not in the trace
 
     def dropped(self, node):
+        if builder.is_idle(node):  # a docstring
+            return node
         self.generic_visit(node)
         return ast.Pass() if self.here(node) else node
 
@@ -441,7 +443,7 @@ def random_mutants(text: str, count: int, seed: int) -> dict[str, str]:
     for place in rng.sample(range(counter.count), count):
         mutator = Mutator(place)
         tree = mutator.visit(ast.parse(text))
-        found[f"{place}: {mutator.line}"] = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+        found[f"{mutator.line} ({place})"] = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     return found
 
 

@@ -3412,14 +3412,16 @@ def tapped(model: GPT) -> Generator[dict[str, Tap]]:
 
 
 @torch.no_grad()
-def gather_hessians(model: GPT, loader: Loader, step: int, cfg: Config, world: World) -> dict[str, Tensor]:
+def gather_hessians(
+    model: GPT, loader: Loader, step: int, cfg: Config, world: World, clock: Clock | None = None
+) -> dict[str, Tensor]:
     """Parameter name -> sum of x x' over the inputs of its matrix, (C,C) float32, the same on every rank.
 
     Reads the GPTQ_CALIBRATION_BATCHES spans that training would have read next, so no rank count
     changes the sum but for its rounding; looped layers add up all their visits. The head sees the
-    final hidden states.
+    final hidden states. A clock ends the reading where one more span would cross the cap.
     """
-    head = Tap(cfg.model.dim, world.device)
+    head, pace = Tap(cfg.model.dim, world.device), Pace(clock, world)
     model.eval()
     with tapped(model) as taps:
         for k in range(world.rank, cfg.gptq.batches, world.size):
@@ -3427,10 +3429,31 @@ def gather_hessians(model: GPT, loader: Loader, step: int, cfg: Config, world: W
             batch = to_device(loader.batch([span]), world)
             head.add(model.hidden(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))).y)
             world.journal.beat()
+            if not pace.leaves_time():
+                world.journal.warn(
+                    f"calibration: cut short after span {k + 1} of {cfg.gptq.batches}, by the cap"
+                )
+                break
     model.train()
     taps = {name: tap for name, tap in taps.items() if name != "head.weight"}
     taps["embed.weight" if cfg.model.tied else "head.weight"] = head
     return {name: world.sum_(tap.total) for name, tap in taps.items()}
+
+
+class Pace:
+    """Of spans: whether the clock leaves time for one more like the slowest."""
+
+    def __init__(self, clock: Clock | None, world: World) -> None:
+        self.clock, self.world, self.slowest = clock, world, 0.0
+        self.before = clock.elapsed() if clock else 0.0
+
+    def leaves_time(self) -> bool:
+        if self.clock is None or self.clock.cfg.budget.seconds <= 0:
+            return True
+        self.world.synchronize()
+        now = self.clock.elapsed()
+        self.slowest, self.before = max(self.slowest, now - self.before), now
+        return now + self.slowest * Clock.SAFETY < self.clock.cfg.budget.seconds
 
 
 def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> float:
@@ -3673,7 +3696,7 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
 def calibrate(t: Trainer) -> dict[str, Tensor]:
     """Hessians of the weights that ship, gathered on the training clock, in the time kept for it."""
     t.clock.start()
-    hessians = gather_hessians(t.model, t.loader, t.state.step, t.cfg, t.world)
+    hessians = gather_hessians(t.model, t.loader, t.state.step, t.cfg, t.world, t.clock)
     t.world.synchronize()
     t.clock.stop()
     t.world.log(

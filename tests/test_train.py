@@ -337,7 +337,7 @@ EXEMPT |= dict.fromkeys(
     PAYLOAD,
 )  # fmt: skip
 EXEMPT |= {
-    "GPTQ_RESERVE_SECONDS": "test_steps_and_calibration_end_before_the_cap in test_calibrate.py: a cap",
+    "GPTQ_RESERVE_SECONDS": "test_steps_and_calibration_end_before_the_cap in test_calibrate.py: it has one",
     "SIZE_LADDER": "test_rungs_are_taken_in_order in test_export.py: it needs another limit",
     "CODE_BYTES": "test_code_bytes_stand_for_the_files_own in test_export.py: it only counts",
 }

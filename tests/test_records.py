@@ -11,6 +11,7 @@ from conftest import ROOT, read_env
 
 RECORDS = sorted(p.parent for p in (ROOT / "records").glob("*/env"))
 TABLES = {  # records/bench/<name>.md -> what writes it
+    "artifact": "tests/bench/artifact.py",
     "cpu_train": "tests/bench/cpu_train.py",
     "reliability": "tests/bench/reliability.py",
 }

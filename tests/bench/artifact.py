@@ -2,6 +2,7 @@
 
     python tests/bench/artifact.py --train     # train the small baseline whose weights are measured (minutes)
     python tests/bench/artifact.py             # measure, append to the raw lines, write the table
+    python tests/bench/artifact.py --only artifacts
     python tests/bench/artifact.py --table     # write the table again from the raw lines
 
 Trained weights: the baseline of records/baseline (17,059,912 parameters) after 100 steps of 4,096 tokens
@@ -214,7 +215,7 @@ def whole(model: tg.GPT, cfg: tg.Config) -> Iterator[dict]:
                                               "EMBED_CODEC": "fp8"},
     }  # fmt: skip
     for name, knobs in recipes.items():
-        for compressor in ("auto", "brotli", "lzma"):
+        for compressor in ("auto", "brotli"):
             env = tg.knob_values(cfg) | {k: str(v) for k, v in knobs.items()} | {"COMPRESSOR": compressor}
             yield whole_row(name, compressor, model, tg.read_config(env))
     yield from record_ternary()
@@ -287,7 +288,7 @@ def record_pools(codec: tg.Ternary, scales: Tensor, trits: tg.Pool) -> tuple[int
 # -------------------------------------------------------------------------------------- scales
 
 
-def scale_error(model: tg.GPT) -> Iterator[dict]:
+def scale_error(model: tg.GPT, cfg: tg.Config) -> Iterator[dict]:
     """What log-quantised scales cost: squared error of the ternary matrices, relative to the weights'."""
     for step in (0.0, 0.01, 0.02, 0.04, 0.08):
         codec, lost, held = tg.Ternary(GROUP, step), 0.0, 0.0
@@ -313,41 +314,52 @@ def versions() -> dict:
     }  # fmt: skip
 
 
+def where(rows: list[dict]) -> str:
+    """The machine of a section's rows."""
+    v = rows[-1]
+    return (
+        f"{v['date']}: {v['cores']} cores ({v['cpu']}), load {v['load']} at the start, Python {v['python']}, "
+        f"numpy {v['numpy']}, torch {v['torch']}, source {v['source'][:8]}."
+    )
+
+
 def render(rows: list[dict]) -> str:
-    """The tables of the latest measurement."""
-    last = [r for r in rows if r["run"] == rows[-1]["run"]]
-    v = last[-1]
+    """The tables, each of its latest measurement."""
+    last = {}
+    for name in SECTIONS:
+        mine = [r for r in rows if r["table"] == name]
+        last[name] = [r for r in mine if r["run"] == mine[-1]["run"]]
     head = [
         "# Bytes of the artifact",
         "",
-        f"`python tests/bench/artifact.py`, {v['date']}: {v['cores']} cores ({v['cpu']}), Python "
-        f"{v['python']}, numpy {v['numpy']}, torch {v['torch']}, source {v['source'][:8]}, load {v['load']}. "
-        f"Each coder ran once, its bytes were decoded and compared; seconds are wall time.",
+        "`python tests/bench/artifact.py`. Each coder ran once, its bytes were decoded and compared; seconds "
+        "are wall time.",
         "",
         "## Streams",
         "",
-        "`/entropy`: bytes over the order-0 entropy of the whole stream. Trained: the baseline's 54 matrices "
-        "after 100 steps.",
+        f"{where(last['streams'])} `/entropy`: bytes over the order-0 entropy of the whole stream. Trained: "
+        "the baseline's 54 matrices after 100 steps.",
         "",
         "| stream | values | method | bytes | bits each | /entropy | encode s | decode s |",
         "|---|---|---|---|---|---|---|---|",
-        *(stream_row(r) for r in last if r["table"] == "streams"),
+        *(stream_row(r) for r in last["streams"]),
         "",
         "## Whole artifacts",
         "",
-        "`forecast`: bytes that the program expects before the first step.",
+        f"{where(last['artifacts'])} `/forecast`: bytes over what the program expects before the first step.",
         "",
         "| artifact | coder | bytes | /forecast | /record's format | encode s | decode s |",
         "|---|---|---|---|---|---|---|",
-        *(artifact_row(r) for r in last if r["table"] == "artifacts"),
+        *(artifact_row(r) for r in last["artifacts"]),
         "",
         "## Log-quantised scales",
         "",
-        "Post-training ternary (groups of 128) of the same weights: squared error over the squared weights.",
+        f"{where(last['scales'])} Post-training ternary (groups of 128) of the same weights: squared error "
+        "over the squared weights.",
         "",
         "| step | relative squared error | change |",
         "|---|---|---|",
-        *scale_rows([r for r in last if r["table"] == "scales"]),
+        *scale_rows(last["scales"]),
     ]
     return "\n".join(head) + "\n"
 
@@ -379,21 +391,23 @@ def read_raw() -> list[dict]:
     return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
 
 
-def measure() -> None:
+def measure_streams(model: tg.GPT, cfg: tg.Config) -> Iterator[dict]:
+    for name, pool in streams(model):
+        yield from measure_stream(name, pool)
+
+
+SECTIONS = {"streams": measure_streams, "artifacts": whole, "scales": scale_error}
+
+
+def measure(only: str | None) -> None:
     model, cfg = trained_weights()
-    with RAW.open("a") as f:
-        about = versions()
-        about["run"] = f"{about['date']} {about['source']} {int(time.time())}"
-
-        def note(row: dict) -> None:
+    about = versions()
+    about["run"] = f"{about['date']} {about['source']} {int(time.time())}"
+    for name in [only] if only else SECTIONS:
+        for row in SECTIONS[name](model, cfg):
             print(json.dumps(row), flush=True)
-            f.write(json.dumps(about | row) + "\n")
-
-        for name, pool in streams(model):
-            for row in measure_stream(name, pool):
-                note(row)
-        for row in [*whole(model, cfg), *scale_error(model)]:
-            note(row)
+            with RAW.open("a") as f:
+                f.write(json.dumps(about | row) + "\n")
 
 
 def main() -> None:
@@ -401,11 +415,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--train", action="store_true", help="only train the weights that are measured")
     parser.add_argument("--table", action="store_true", help="only write the table from the raw lines")
+    parser.add_argument("--only", choices=["streams", "artifacts", "scales"], help="one section")
     words = parser.parse_args()
     if words.train:
         return train()
     if not words.table:
-        measure()
+        measure(words.only)
     TABLE.write_text(render(read_raw()))
 
 

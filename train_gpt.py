@@ -2370,13 +2370,16 @@ def from_form(data: bytes, plane: Plane, count: int, form: str) -> np.ndarray:
     return np.frombuffer(raw.reshape(2, -1).T.tobytes() if form == "split" else data, plane.dtype)
 
 
-RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+def lzma_chain(size: int) -> list[dict]:
+    """Raw LZMA2 with a window no larger than the data: the preset's own costs 64 MB to read, 700 to write."""
+    window = min(max(1 << max(size - 1, 0).bit_length(), 4096), 1 << 26)
+    return [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": window}]
 
 
 def squeeze(data: bytes, name: str = "brotli") -> bytes:
     """Compress; `raw` leaves the bytes as they are."""
     if name == "lzma":
-        return lzma.compress(data, lzma.FORMAT_RAW, filters=RAW_LZMA)
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_chain(len(data)))
     if name == "zstd":
         return import_zstd().ZstdCompressor(level=22).compress(data)
     import brotli
@@ -2395,7 +2398,7 @@ def expand(data: bytes, name: str, most: int) -> bytes:
 
 def expand_lzma(data: bytes, most: int) -> bytes:
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=RAW_LZMA).decompress(data, most + 1)
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_chain(most)).decompress(data, most + 1)
     except lzma.LZMAError as e:
         raise ValueError(f"lzma: {e}") from e
 
@@ -2442,8 +2445,8 @@ ENERGY_STEPS = 4  # classes to a doubling of the expected magnitude; 2 and 8 wer
 
 
 def lanes_for(count: int) -> int:
-    """States in turn: a power of two, one for 8,192 symbols or more, at most 2,048; each costs 2 bytes."""
-    return 1 << min(11, max(0, (count >> 13).bit_length() - 1))
+    """States in turn: a power of two, one for 512 symbols or more, at most 2,048; each costs 2 bytes."""
+    return 1 << min(11, max(0, (count >> 9).bit_length() - 1))
 
 
 def to_shares(counts: np.ndarray) -> np.ndarray:

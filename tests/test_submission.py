@@ -499,6 +499,7 @@ def test_nothing_is_written_when_not_even_frozen_holds(built, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_fault_of_the_packer_is_caught(built, tmp_path, monkeypatch, capsys):
     """A text that behaves alike and is another text: the trace is equal, what the program tells is not."""
     pack = builder.pack
@@ -580,6 +581,7 @@ def test_program_that_unpacks_to_another_text_is_caught(pair):
         builder.check_program(builder.Stage("packed", builder.pack(broken, "zlib", "base85"), broken), recipe)
 
 
+@pytest.mark.full
 def test_gate_that_the_twin_has_otherwise_is_reported(tmp_path, unproven, capsys):
     """COMPILE=1 cannot be proven where nothing may be compiled; what hangs on it is named."""
     (tmp_path / "env").write_text("COMPILE=1\n")
@@ -1003,6 +1005,7 @@ def test_bad_command_line_is_one_line(tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.full
 def test_name_without_effect_is_warned_about_and_left_out(tmp_path, unproven, capsys):
     (tmp_path / "env").write_text("PHASED_TTT_ENABLED=1\nSEED=3\n")
     assert builder.main([str(tmp_path / "env"), "--out", str(tmp_path / "out")]) == 0

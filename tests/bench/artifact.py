@@ -316,6 +316,8 @@ def versions() -> dict:
 
 def where(rows: list[dict]) -> str:
     """The machine of a section's rows."""
+    if not rows:
+        return "Not run."
     v = rows[-1]
     return (
         f"{v['date']}: {v['cores']} cores ({v['cpu']}), load {v['load']} at the start, Python {v['python']}, "
@@ -328,7 +330,7 @@ def render(rows: list[dict]) -> str:
     last = {}
     for name in SECTIONS:
         mine = [r for r in rows if r["table"] == name]
-        last[name] = [r for r in mine if r["run"] == mine[-1]["run"]]
+        last[name] = [r for r in mine if r["run"] == mine[-1]["run"]] if mine else []
     head = [
         "# Bytes of the artifact",
         "",

@@ -616,6 +616,7 @@ def test_program_that_never_ends_is_stopped(tmp_path, monkeypatch):
     assert builder.run_programs({program: {}}, 1.0) == {"frozen": "it still runs after 1 s"}
 
 
+@pytest.mark.full
 def test_failed_build_leaves_the_earlier_one_as_it_was(built, tmp_path, unproven, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "SIZE_LIMIT", 10_000)
     shutil.copytree(built.out, tmp_path / "out")

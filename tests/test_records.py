@@ -14,6 +14,7 @@ TABLES = {  # records/bench/<name>.md -> what writes it
     "artifact": "tests/bench/artifact.py",
     "cpu_train": "tests/bench/cpu_train.py",
     "reliability": "tests/bench/reliability.py",
+    "run_local": "tests/bench/run_local.py",
 }
 PARAMS = {"baseline": 17_059_912}  # published counts
 

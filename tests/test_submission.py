@@ -46,8 +46,8 @@ VAL_MAX_TOKENS=1500
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _folded_once():
-    """Fold each recipe once for all tests of this process; nothing changes a tree after that."""
+def _made_once():
+    """Fold each recipe, and minify each text, once for all tests of this process; no test changes a tree."""
     fold, known = builder.fold, {}
 
     def fold_once(source: str, recipe: builder.Recipe) -> builder.Folded:
@@ -58,6 +58,8 @@ def _folded_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "fold", fold_once)
+        for name in ("minify", "packings", "undefined_names"):  # of the text alone
+            patch.setattr(builder, name, functools.cache(getattr(builder, name)))
         yield
 
 
@@ -327,6 +329,7 @@ def test_until_a_stage_ships_text(stage, built, tmp_path, unproven):
 
 
 def test_builder_without_the_minifier_says_what_to_install(built, tmp_path, unproven, monkeypatch, capsys):
+    monkeypatch.setattr(builder, "minify", builder.minify.__wrapped__)
     monkeypatch.setitem(sys.modules, "python_minifier", None)
     status, told = refused(capsys, built.env_file, "--out", tmp_path / "out")
     assert status == 2 and "needs python-minifier; pip install -r tests/requirements.txt" in told

@@ -168,9 +168,9 @@ def tiny_twin(recipe: Recipe) -> Recipe:
     only do slowly or not at all is left out.
     """
     own, env = recipe.values, {}
-    for name, text in train_gpt.tiny_env().items():
+    for name, value in train_gpt.tiny_values().items():
         if own[name]:
-            env[name] = text
+            env[name] = train_gpt.spelled(value)
     del env["COMPILE"], env["DTYPE"]
     env.pop("MAX_WALLCLOCK_SECONDS", None)
     chosen = {"VAL_LOSS_EVERY": "3", "GRAD_ACCUM_STEPS": "2"}

@@ -255,7 +255,8 @@ class ResidualConfig:
     ln_scale: bool = knob("LN_SCALE", False, "scale the input of layer i by 1/sqrt(i+1)")
     skip_gates: bool = knob("SKIP_GATES_ENABLED", False, "learn, per channel, how much of a skip comes in")
     lanes_from: int = knob("PARALLEL_START_LAYER", 0, "first layer of two parallel lanes, one for attention "
-                           "and one for the MLP; 0 = one lane", within=(0, None), tiny=2)
+                           "and one for the MLP, behind encoder and loop; 0 = one lane", within=(0, None),
+                           tiny=2)
     final_lane: str = knob("PARALLEL_FINAL_LANE", "mean", "what of the two lanes is read out",
                            choices=("mean", "attn", "mlp"))
     delta_gate: bool = knob("DTG_ENABLED", False, "a gate per token on what a layer adds; not on lanes")
@@ -441,6 +442,12 @@ class Config:
         return self.attn.rope_dims or self.model.head_dim
 
     @property
+    def lanes_start(self) -> int:
+        """First layer with two lanes: those before it are visited on the way down, or more than once."""
+        behind_loop = self.loop.last + 1 if self.loop.on else 0
+        return max(self.residual.lanes_from, self.model.layers // 2, behind_loop)
+
+    @property
     def table_layers(self) -> tuple[int, ...]:
         """Layers that read the table of values; none where VE_LAYERS is no list of layers."""
         layers = range(self.model.layers)
@@ -481,7 +488,7 @@ class Config:
         ]
 
     def feature_rules(self) -> list[tuple[bool, str]]:
-        m, loop, lanes = self.model, self.loop, self.residual.lanes_from
+        m = self.model
         narrow = self.attn.sparse_gate or self.attn.out_gate or self.input.smear
         return [
             (
@@ -502,14 +509,9 @@ class Config:
             ),
             (self.input.bigram_rows != 1, "BIGRAM_VOCAB_SIZE=1 wants at least 2 rows, one for beginnings"),
             (
-                not lanes or m.layers // 2 <= lanes < m.layers,
-                f"PARALLEL_START_LAYER={lanes} wants a layer of the decoder, {m.layers // 2} to "
-                f"{m.layers - 1}",
-            ),
-            (
-                not lanes or not loop.on or lanes > loop.last,
-                f"PARALLEL_START_LAYER={lanes} wants a layer behind LOOP_END={loop.last}: looped layers have "
-                f"one lane",
+                not self.residual.lanes_on or self.lanes_start < m.layers,
+                f"PARALLEL_START_LAYER={self.residual.lanes_from} leaves no layer for two lanes, which begin "
+                f"at layer {self.lanes_start} of NUM_LAYERS={m.layers}; lower it",
             ),
         ]
 
@@ -3281,7 +3283,7 @@ class LaneBlock(Block):
 
 def make_block(cfg: Config, layer: int, attend: Callable) -> Block:
     """The one place where a layer's form is chosen."""
-    if cfg.residual.lanes_on and layer >= cfg.residual.lanes_from:
+    if cfg.residual.lanes_on and layer >= cfg.lanes_start:
         return LaneBlock(cfg, layer, attend)
     return Block(cfg, layer, attend)
 
@@ -3370,13 +3372,13 @@ class GPT(nn.Module):
             out, ctx = self.visit(layer, x, x0, ctx)
             x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
         for j, layer in enumerate(plan.decoder):
-            if self.cfg.residual.lanes_on and layer == self.cfg.residual.lanes_from:
+            if self.cfg.residual.lanes_on and layer == self.cfg.lanes_start:
                 x = torch.stack([x, x])
             if j < plan.skips:
                 x = self.skip(j, x, kept[-1 - j])
             out, ctx = self.visit(layer, x, x0, ctx)
             x, aux = out.y, add_aux(aux, out.aux)
-        return Out(norm(self.leave(x)), aux)
+        return Out(norm(self.read_out(x) if self.cfg.residual.lanes_on else x), aux)
 
     def enter(self, ctx: Ctx) -> Tensor:
         """(B,T) -> (B,T,D), normalised."""
@@ -3402,7 +3404,7 @@ class GPT(nn.Module):
         """One block, told its own scalars as tensors: as numbers each would be a graph of its own."""
         if self.cfg.residual.ln_scale:
             ctx = ctx._replace(scale=x.new_full((), (layer + 1) ** -0.5))
-        if self.cfg.residual.lanes_on and layer >= self.cfg.residual.lanes_from:
+        if self.cfg.residual.lanes_on and layer >= self.cfg.lanes_start:
             lanes = (self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer])
             ctx = ctx._replace(lanes=lanes)
         out = self.blocks[layer](x, x0, ctx)
@@ -3420,10 +3422,8 @@ class GPT(nn.Module):
             own = own + s
         return torch.stack([own, x[1]]) if self.cfg.residual.lanes_on and x.ndim == 4 else own
 
-    def leave(self, x: Tensor) -> Tensor:
-        """What is read out: (B,T,D), or of two lanes (2,B,T,D) their mean or one of them."""
-        if not self.cfg.residual.lanes_on:
-            return x
+    def read_out(self, x: Tensor) -> Tensor:
+        """Of two lanes (2,B,T,D) their mean or one of them."""
         if self.cfg.residual.final_lane == "mean":
             return x.mean(0)
         return x[0] if self.cfg.residual.final_lane == "attn" else x[1]
@@ -4283,6 +4283,10 @@ SHAPE_SECTIONS = (
     "export",
 )  # whose knobs decide the forward, with the four below
 MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
+START_KNOBS = (  # of those sections, what matters to a model that is trained from the start alone
+    "MATRIX_INIT", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT", "GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD",
+    "ENABLE_LOOPING_AT", "MTP_LOSS_WEIGHT",
+)  # fmt: skip
 SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
 
@@ -4298,15 +4302,15 @@ class Artifact(NamedTuple):
 def shape_knobs(cfg: Config) -> dict[str, str]:
     """The knobs that decide what the weights mean, where they differ from their defaults.
 
-    Raises UserError when they do not fit the artifact's header.
+    Raises UserError when they do not fit the artifact's header, compressed.
     """
     section = {env: name for env, (name, _) in all_knobs().items()}
     knobs = {
         env: text
         for env, text in changed_knobs(cfg).items()
-        if section[env] in SHAPE_SECTIONS or env in SHAPE_KNOBS
+        if (section[env] in SHAPE_SECTIONS and env not in START_KNOBS) or env in SHAPE_KNOBS
     }
-    size = len(json.dumps(knobs))
+    size = len(squeeze(json.dumps(knobs).encode()))
     if size > 400:
         raise UserError(
             f"the artifact has 400 bytes for the knobs of its shape, these take {size}: {' '.join(knobs)}; "

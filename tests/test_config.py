@@ -250,7 +250,8 @@ def values(f: dataclasses.Field) -> st.SearchStrategy:
 BOUND = {  # by a rule that spans knobs
     "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END",
     "TRAIN_BATCH_TOKENS", "TRAIN_SPANS", "TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SCORE", "RESUME",
-    "SAMPLE", "ROPE_DIMS", "ROPE_YARN", "GATE_WINDOW", "VE_LAYERS", "BIGRAM_VOCAB_SIZE", "PARALLEL_START_LAYER",
+    "SAMPLE", "ROPE_DIMS", "ROPE_YARN", "GATE_WINDOW", "VE_LAYERS", "BIGRAM_VOCAB_SIZE",
+    "PARALLEL_START_LAYER",
 }  # fmt: skip
 FREE = sorted(set(KNOBS) - BOUND)
 

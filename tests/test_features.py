@@ -336,9 +336,16 @@ def test_lanes_begin_alike_take_skips_on_the_first_and_are_read_out_as_asked():
     lanes, kept = torch.randn(2, 1, 4, 32), torch.randn(1, 4, 32)
     found = models["mean"].skip(0, lanes, kept)
     assert torch.allclose(found[0], lanes[0] + kept) and torch.equal(found[1], lanes[1])
-    read = {lane: model.leave(lanes) for lane, model in models.items()}
+    read = {lane: model.read_out(lanes) for lane, model in models.items()}
     assert torch.equal(read["attn"], lanes[0]) and torch.equal(read["mlp"], lanes[1])
     assert torch.allclose(read["mean"], (lanes[0] + lanes[1]) / 2)
+
+
+@pytest.mark.parametrize(("asked", "loops", "start"), [(1, 0, 1), (2, 0, 2), (1, 1, 2)])
+def test_lanes_begin_behind_encoder_and_loop(asked, loops, start):
+    model = make_model(config(PARALLEL_START_LAYER=asked, NUM_LOOPS=loops), lone())
+    forms = [isinstance(block, train_gpt.LaneBlock) for block in model.blocks]
+    assert forms == [layer >= start for layer in range(3)]
 
 
 def test_skip_gate_weighs_the_skip_against_the_stream():
@@ -463,8 +470,8 @@ def test_orthogonal_start_of_every_matrix_that_is_not_zero():
         ({"VE_ENABLED": 1, "VE_LAYERS": "1,3"}, "VE_LAYERS='1,3' wants layers below NUM_LAYERS=3"),
         ({"VE_ENABLED": 1, "VE_LAYERS": "last"}, "VE_LAYERS='last' wants layers"),
         ({"BIGRAM_VOCAB_SIZE": 1}, "wants at least 2 rows"),
-        ({"PARALLEL_START_LAYER": 3}, "PARALLEL_START_LAYER=3 wants a layer of the decoder, 1 to 2"),
-        ({"PARALLEL_START_LAYER": 1, "NUM_LOOPS": 1}, "wants a layer behind LOOP_END=1"),
+        ({"PARALLEL_START_LAYER": 3}, "leaves no layer for two lanes, which begin at layer 3"),
+        ({"PARALLEL_START_LAYER": 1, "NUM_LOOPS": 1, "LOOP_END": 2}, "which begin at layer 3"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(knobs, told):

@@ -576,6 +576,9 @@ ALIASES = {
     "INSIDE_OUT_TRAINING": "refused: abandoned, it gained nothing in its own ablation",
     "DEQ_FEEDBACK": "refused: abandoned, it gained nothing in its own ablation",
 }
+# Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix.
+VALUE_ALIASES = {("COMPRESSOR", "pergroup"): "auto"}
+DERIVING = ("DATA_DIR",)  # published names from which the value of others follows
 WITHOUT_EFFECT = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # published, read by no script
 TRUTH = {
     "0": False,
@@ -609,7 +612,20 @@ def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
         if env.get(new, env[old]) != env[old]:
             raise UserError(f"{old}={env[old]!r} is another name of {new}={env[new]!r}; set one of them")
         out[new] = out.pop(old)
-    return out
+    for (name, value), ours in VALUE_ALIASES.items():
+        if out.get(name) == value:
+            out[name] = ours
+    return {**published_paths(out), **out} if "DATA_DIR" in out else out
+
+
+def published_paths(env: dict[str, str]) -> dict[str, str]:
+    """Where the published scripts look below DATA_DIR for shards and tokenizer (frontier 1.1)."""
+    vocab, root = env.get("VOCAB_SIZE", "1024"), Path(env["DATA_DIR"])
+    data, model = f"fineweb10B_sp{vocab}", f"fineweb_{vocab}_bpe"
+    if TRUTH.get(env.get("CASEOPS_ENABLED", "0").lower()):
+        root, kind = root / f"datasets/{data}_caseops/datasets", "lossless_caps_caseops_v1_reserved"
+        data, model = f"{data}_{kind}", f"{model}_{kind}"
+    return {"DATA_PATH": str(root / "datasets" / data), "TOKENIZER_PATH": f"{root}/tokenizers/{model}.model"}
 
 
 def read_config(env: dict[str, str]) -> Config:
@@ -708,7 +724,7 @@ def thawed(env: dict[str, str]) -> dict[str, str]:
 
 def near_misses(env: dict[str, str]) -> list[str]:
     """One sentence for each variable that looks like a mistyped or unknown knob (`MODEL_DIMS`)."""
-    known = [*all_knobs(), *ALIASES, *WITHOUT_EFFECT]
+    known = [*all_knobs(), *ALIASES, *DERIVING, *WITHOUT_EFFECT]
     families = {name.split("_")[0] for name in known if "_" in name} - {"ENABLE", "MAX", "RUN"}
     lines = [
         f"{name} is accepted but has no effect: no published script reads it"

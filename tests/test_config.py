@@ -393,3 +393,21 @@ def test_published_command_line_runs_at_reduced_size(toy_data, tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "runs/baseline_sp1024/model.ptz").exists()
     assert "warning" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "data", "tokenizer"),
+    [
+        ({}, "d/datasets/fineweb10B_sp1024", "d/tokenizers/fineweb_1024_bpe.model"),
+        ({"VOCAB_SIZE": "8192"}, "d/datasets/fineweb10B_sp8192", "d/tokenizers/fineweb_8192_bpe.model"),
+        ({"DATA_PATH": "here"}, "here", "d/tokenizers/fineweb_1024_bpe.model"),
+        ({"TOKENIZER_PATH": "here"}, "d/datasets/fineweb10B_sp1024", "here"),
+    ],
+)
+def test_published_folder_leads_to_shards_and_tokenizer(env, data, tokenizer):
+    cfg = read_config({"DATA_DIR": "./d", **env})
+    assert (cfg.run.data, cfg.run.tokenizer) == (data, tokenizer)
+
+
+def test_published_values_that_we_call_otherwise():
+    assert read_config({"COMPRESSOR": "pergroup"}).size.compressor == "auto"

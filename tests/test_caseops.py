@@ -28,10 +28,9 @@ BOS = 1
 # Text that meets every rule often: capitals in and out of words, the marks themselves, letters that are not
 # ASCII, what the normalization joins, splits, widens and drops, and white space.
 ODD = "\u00a0\u200b\u2028\u3000\ufeff\u0301\u0345\ufb01\uff25\u00c9\u00df\u0131\ufdfa\u2460"
-texts = st.text(
-    st.sampled_from([*"aAbBzZ 01.'-_\n\t▁🙂", T, A, C, E, *ODD]) | st.characters(codec="utf-8"),
-    max_size=80,
-)
+# A list, since the alphabet of st.text is a set in which these few would be rare.
+chars = st.sampled_from([*"aAbBzZ 01.'-_\n\t▁🙂", T, A, C, E, *ODD]) | st.characters(codec="utf-8")
+texts = st.lists(chars, max_size=60).map("".join)
 
 
 # --------------------------------------------------------------------------------------
@@ -100,9 +99,9 @@ def test_every_text_comes_back(text):
 
 def test_long_runs_take_linear_time():
     begin = time.process_time()
-    sizes = [len(caseops.encode(text * 300_000)) for text in ("a", "aB", "A", "Aa", E)]
-    assert sizes == [300_000, 900_000, 300_001, 900_000, 600_000]
-    assert time.process_time() - begin < 10, "quadratic time would be minutes"
+    sizes = [len(caseops.encode(text * 60_000)) for text in ("a", "aB", "A", "Aa", E)]
+    assert sizes == [60_000, 180_000, 60_001, 180_000, 120_000]
+    assert time.process_time() - begin < 3, "quadratic time would be ten times as much"
 
 
 MALFORMED = {

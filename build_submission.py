@@ -1255,10 +1255,24 @@ def toy_sentences(count: int, seed: int) -> list[str]:
     return sentences
 
 
-def make_toy_data(folder: Path) -> dict[str, str]:
-    """Write a tokenizer of 320 pieces, a training shard and a validation shard; the knobs that name them."""
+def write_shard(path: Path, words: np.ndarray) -> None:
+    """A file in the challenge's form: 256 int32, then the words as uint16."""
+    header = np.zeros(train_gpt.HEADER_BYTES // 4, "<i4")
+    header[:3] = train_gpt.MAGIC, train_gpt.VERSION, len(words)
+    path.write_bytes(header.tobytes() + words.astype("<u2").tobytes())
+
+
+def make_toy_data(folder: Path, caseops: bool) -> dict[str, str]:
+    """Write a tokenizer of 320 pieces, a training shard and a validation shard; the knobs that name them.
+
+    For CaseOps text there are marks in the sentences, and a sidecar whose figures are no text's bytes: both
+    programs read the same ones.
+    """
     folder.mkdir()
+    marks = train_gpt.CASE_MARKS if caseops else ""
     sentences = {"train": toy_sentences(400, seed=1), "val": toy_sentences(40, seed=2)}
+    if caseops:
+        sentences = {split: [marks[0] + text.lower() for text in texts] for split, texts in sentences.items()}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences["train"]),
         model_prefix=str(folder / "tokenizer"),
@@ -1269,14 +1283,15 @@ def make_toy_data(folder: Path) -> dict[str, str]:
         num_threads=1,
         minloglevel=2,
         **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
+        **({"user_defined_symbols": list(marks)} if caseops else {}),
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for split, texts in sentences.items():
         ids = np.array([i for text in texts for i in (tokenizer.bos_id(), *tokenizer.encode(text))])
-        header = np.zeros(train_gpt.HEADER_BYTES // 4, "<i4")
-        header[:3] = train_gpt.MAGIC, train_gpt.VERSION, len(ids)
-        shard = header.tobytes() + ids.astype("<u2").tobytes()
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(shard)
+        write_shard(folder / f"fineweb_{split}_000000.bin", ids)
+    if caseops:
+        figures = np.where(ids == tokenizer.bos_id(), 0, 1 + ids % 5)
+        write_shard(folder / "fineweb_val_bytes_000000.bin", figures)
     return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer.model")}
 
 
@@ -1390,7 +1405,8 @@ def prove(
     Only the source is told the recipe; the others have it in them. All are told another seed, which must be
     heard. Raises BuildError where the source itself does not run, or traces too little to compare with.
     """
-    told = make_toy_data(folder / "toy") | {"RUN_DIR": "run", "SEED": str((tiny.cfg.budget.seed + 1) % 2**31)}
+    told = make_toy_data(folder / "toy", tiny.cfg.data.caseops)
+    told |= {"RUN_DIR": "run", "SEED": str((tiny.cfg.budget.seed + 1) % 2**31)}
     programs = {}
     for name, twin in twins.items():
         path = folder / name / PROGRAM

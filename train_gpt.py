@@ -168,6 +168,8 @@ class DataConfig:
     accum: int = knob("GRAD_ACCUM_STEPS", 0, "micro-batches per rank and step; 0 = TRAIN_SPANS / ranks",
                       within=(0, None), tiny=0)
     packing: bool = knob("DOC_PACKING", False, "spans begin at a BOS, and attention stays inside documents")
+    caseops: bool = knob("CASEOPS_ENABLED", False, "shards of CaseOps text: validation bytes are read from "
+                         "their sidecars (data/README.md)")
 
     @property
     def span(self) -> int:
@@ -1331,6 +1333,7 @@ def watchdog(world: World, limit: float) -> Generator[None]:
 # ======================================================================================
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # the challenge's shard format (frontier 1.1)
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # title, all capitals, next letter, literal (data/caseops.py)
 
 
 class Batch(NamedTuple):
@@ -1426,11 +1429,12 @@ class Shards:
 
 
 def list_shards(folder: Path, split: str) -> list[Path]:
-    """The files of a split, sorted; byte sidecars (`fineweb_val_bytes_*`) are not token shards."""
+    """The files of a split, sorted; byte sidecars (`fineweb_val_bytes_*`) are a split of their own."""
     make = "make them with: python data/prepare.py --help, or python data/download.py sp1024"
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={folder} is not a folder; {make}")
-    paths = sorted(p for p in folder.glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
+    start = f"fineweb_{split}"
+    paths = sorted(p for p in folder.glob(f"{start}_*.bin") if "_bytes_" not in p.name.removeprefix(start))
     if not paths:
         raise UserError(f"DATA_PATH={folder} holds no fineweb_{split}_*.bin; {make}")
     if split == "val" and all(p.stat().st_size < HEADER_BYTES + 4 for p in paths):
@@ -1438,6 +1442,23 @@ def list_shards(folder: Path, split: str) -> list[Path]:
             f"the validation split in DATA_PATH={folder} is empty; prepare it with --val-docs >= 1"
         )
     return paths
+
+
+def find_validation(cfg: Config) -> None:
+    """Raises UserError unless the validation split is there, by names and file sizes: it stays closed."""
+    folder, make = Path(cfg.run.data), "python data/prepare.py --caseops or python data/download.py caseops"
+    shards = list_shards(folder, "val")
+    if not cfg.data.caseops:
+        return
+    sidecars = [p.with_name(p.name.replace("_val_", "_val_bytes_", 1)) for p in shards]
+    for shard, sidecar in zip(shards, sidecars, strict=True):
+        size = sidecar.stat().st_size if sidecar.is_file() else 0
+        if size != shard.stat().st_size:
+            found = f"has {size} bytes, its shard {shard.stat().st_size}" if size else "is missing or empty"
+            raise UserError(f"CASEOPS_ENABLED=1, but {sidecar} {found}; make both with: {make}")
+    strays = sorted(set(folder.glob("fineweb_val_bytes_*.bin")) - set(sidecars))
+    if strays:
+        raise UserError(f"{strays[0]} is beside no shard; remove it, or make its folder with: {make}")
 
 
 def token_count(cfg: Config, split: str) -> int:
@@ -1618,7 +1639,46 @@ def load_tokenizer(cfg: Config) -> Tokenizer:
     space = np.array([sp.id_to_piece(i).startswith("▁") for i in ids]) & ~silent & ~byte
     text = np.array([len(sp.id_to_piece(i).removeprefix("▁").encode()) for i in ids], dtype=np.int64)
     base = np.where(silent, 0, np.where(byte, 1, text))
+    check_marks(all(sp.piece_to_id(mark) != sp.unk_id() for mark in CASE_MARKS), cfg)
     return Tokenizer(sp.bos_id(), base, space, silent, path.stat().st_size, sp.decode)
+
+
+def check_marks(known: bool, cfg: Config) -> None:
+    """Raises UserError where the tokenizer is one of CaseOps text and the run is not, or conversely."""
+    if cfg.data.caseops and not known:
+        raise UserError(
+            f"CASEOPS_ENABLED=1, but TOKENIZER_PATH={cfg.run.tokenizer} lacks the pieces U+E001 to U+E004 of "
+            f"CaseOps text; name the tokenizer of these shards, or set CASEOPS_ENABLED=0"
+        )
+    if known and not cfg.data.caseops:
+        raise UserError(
+            f"TOKENIZER_PATH={cfg.run.tokenizer} is one of CaseOps text, whose bytes are not those of its "
+            f"pieces; set CASEOPS_ENABLED=1"
+        )
+
+
+def read_sidecars(folder: Path, tokens: np.ndarray, bos: int) -> np.ndarray:
+    """(N,) uint16 bytes of source text that each of the N validation tokens stands for (record 1855).
+
+    Raises UserError for a sidecar that cannot be one: not a byte in it, or bytes for a BOS.
+    """
+    sidecars = Shards(folder, "val_bytes", 1 << 16)
+    counts, make = sidecars.take(0, sidecars.total), "prepare or fetch the validation split again"
+    for path, part in zip(sidecars.paths, np.split(counts, sidecars.ends[:-1]), strict=True):
+        if len(part) and not part.any():
+            raise UserError(f"{path} says that {len(part)} tokens stand for no byte at all; {make}")
+    charged = np.flatnonzero((tokens == bos) & (counts > 0))
+    if len(charged):
+        at = int(charged[0])
+        path = next(p for p, end in zip(sidecars.paths, sidecars.ends, strict=True) if at < end)
+        raise UserError(f"{path} charges {counts[at]} bytes for a BOS, want 0: it is of other shards; {make}")
+    return counts
+
+
+def recased(text: str) -> str:
+    """Capitals back in CaseOps text, as `decode` of data/caseops.py, but misplaced marks are left out."""
+    marks = r"\ue004(.)|\ue002([A-Za-z]+)|[\ue001\ue003]([A-Za-z])|[\ue001-\ue004]"
+    return re.sub(marks, lambda m: m[1] or (m[2] or m[3] or "").upper(), text, flags=re.DOTALL)
 
 
 class Validation:
@@ -1627,7 +1687,15 @@ class Validation:
     def __init__(self, cfg: Config, tokenizer: Tokenizer) -> None:
         shards = Shards(Path(cfg.run.data), "val", cfg.model.vocab)
         self.tokens = shards.take(0, shards.total).astype(np.int64)
-        self.tokenizer = tokenizer
+        self.cfg, self.tokenizer = cfg, tokenizer
+        if (cfg.data.packing or cfg.data.caseops) and not (self.tokens == tokenizer.bos).any():
+            raise UserError(
+                f"{shards.paths[0]} holds no BOS token (id {tokenizer.bos}), nor does any other validation "
+                f"shard, so no document can be found; prepare the split again"
+            )
+        if cfg.data.caseops:
+            find_validation(cfg)
+            self.sidecar = read_sidecars(Path(cfg.run.data), self.tokens, tokenizer.bos)
         self.partial = 0 < cfg.scoring.max_tokens < len(self.tokens) - 1
         if self.partial:
             self.tokens = self.tokens[: cfg.scoring.max_tokens + 1]
@@ -1642,6 +1710,8 @@ class Validation:
 
     def target_bytes(self, start: int, stop: int) -> int:
         """Source bytes of targets start..stop-1; target i is token i+1."""
+        if self.cfg.data.caseops:
+            return int(self.sidecar[start + 1 : stop + 1].sum(dtype=np.int64))
         counted = self.tokenizer.count_bytes(self.tokens[start:stop], self.tokens[start + 1 : stop + 1])
         return int(counted.sum())
 
@@ -4823,7 +4893,8 @@ def sample_text(model: GPT, tokenizer: Tokenizer, cfg: Config, world: World) -> 
         hidden = model.hidden(Ctx(recent, None, cfg.eval_len, phase)).y[0, -1:]
         share = softcapped_logits(hidden, model.head_weight(phase), cfg.model.softcap).softmax(-1)[0]
         ids.append(int(torch.multinomial(share.cpu(), 1, generator=generator)))
-    return tokenizer.pieces(ids)
+    text = tokenizer.pieces(ids)
+    return recased(text) if cfg.data.caseops else text
 
 
 # ======================================================================================
@@ -5031,7 +5102,7 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     """A trainer at step 0, or where the newest readable checkpoint left it."""
     shape_knobs(cfg)  # raises now rather than after ten minutes of training
     loader = Loader(cfg, world, tokenizer.bos)
-    list_shards(Path(cfg.run.data), "val")
+    find_validation(cfg)
     found = find_checkpoint(loader, cfg, world) if cfg.run.resume else None
     open_journal(cfg, world)
     world = resumed_speed(found, cfg, world) if cfg.run.resume else choose_speed(cfg, world)
@@ -5099,7 +5170,7 @@ def train_and_save(t: Trainer, validate: Callable[[int, float], None]) -> bool:
 def score_only(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> None:
     """EVAL_ONLY=1: score an artifact that some run has written, or print text drawn from it."""
     world, what = choose_speed(cfg, world), cfg.run.artifact or world.run_dir.parent / "model.ptz"
-    list_shards(Path(cfg.run.data), "val")  # raises before anything is written
+    find_validation(cfg)  # raises before anything is written
     open_journal(cfg, world)
     blob = Path(what).read_bytes()
     log_header(facts, cfg, world)

@@ -352,7 +352,8 @@ def print_summary(out: Path, variant: Variant, targets: dict[Path, RemoteFile], 
     data = shlex.quote(str(out / "datasets" / variant.folder))
     tokenizer = shlex.quote(str(out / "tokenizers" / variant.tokenizer))
     print("to train:")
-    print(f"DATA_PATH={data} TOKENIZER_PATH={tokenizer} VOCAB_SIZE={variant.vocab_size} python train_gpt.py")
+    knobs = f"VOCAB_SIZE={variant.vocab_size}" + " CASEOPS_ENABLED=1" * variant.byte_sidecar
+    print(f"DATA_PATH={data} TOKENIZER_PATH={tokenizer} {knobs} python train_gpt.py")
 
 
 class OneLineParser(argparse.ArgumentParser):

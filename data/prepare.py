@@ -2,12 +2,15 @@
 
     python data/prepare.py --docs docs.jsonl --tokenizer fineweb_1024_bpe.model --out runs/docs1024
     python data/prepare.py --docs python --train-tokenizer 1024 --out runs/stdlib
+    python data/prepare.py --caseops --docs docs.jsonl --tokenizer caseops.model --out runs/caseops
 
 A shard is little-endian: 256 int32 of header (magic 20240520, version 1, number of tokens N, zeros) and
 N uint16 token ids. A document is [BOS] + its SentencePiece ids, no EOS; documents run across shard borders;
 the first `--val-docs` documents are the validation split and the change of split ends a shard. This is the
 layout of the exporter published with the challenge (openai/parameter-golf,
-data/download_hf_docs_and_tokenize.py).
+data/download_hf_docs_and_tokenize.py). With --caseops the text of a document is `caseops.encode` of it, and
+beside each validation shard stands a sidecar of the same form, fineweb_val_bytes_%06d.bin, with the bytes of
+the document behind each token.
 
 The work may stop at any moment: shards appear under their final name only when whole, manifest.json records
 how far the documents are done after each, and the same command goes on from there to the same bytes.
@@ -43,6 +46,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 import sentencepiece as spm
 
+import caseops
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -70,6 +75,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 ONE_TEXT_A_LINE = 'allowed is one {"text": "..."} a line; mend the line or drop it'
 DROPPED = ("empty", "duplicate", "undecodable")
+SIDECAR = "val_bytes"  # the split, by its name, of the bytes behind each validation token
+MOST_BYTES = (1 << 16) - 1  # of one token: sidecars are uint16 too
 COUNTS = ("documents", "tokens", "source_bytes", "accounted_bytes", *DROPPED)
 # The settings of the published tokenizers. One thread: the thread count is stored in the model, so it would
 # change the bytes of the file.
@@ -376,6 +383,23 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     return processor
 
 
+def has_marks(processor: spm.SentencePieceProcessor) -> bool:
+    """Whether the model knows the four marks of CaseOps text."""
+    return not any(processor.is_unknown(processor.piece_to_id(mark)) for mark in caseops.MARKS)
+
+
+def check_marks(model: bytes, wanted: bool, name: str) -> None:
+    """Raise InputError where `--caseops` and the tokenizer do not go together."""
+    if has_marks(load_tokenizer(model, name)) == wanted:
+        return
+    if wanted:
+        raise InputError(
+            f"{name}: lacks the pieces U+E001 to U+E004 that --caseops writes; give a CaseOps tokenizer, "
+            "or train one with --train-tokenizer"
+        )
+    raise InputError(f"{name}: one of CaseOps text; pass --caseops, or give another tokenizer")
+
+
 def sentences(text: str) -> Iterator[str]:
     """`text` in pieces of whole words of up to SENTENCE_BYTES bytes.
 
@@ -413,8 +437,10 @@ def tokenizer_sample(items: Iterable[Item], keep: float, limit: int) -> Iterator
         yield from sentences(item.text)
 
 
-def train_tokenizer(training: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(training: Iterable[str], vocab_size: int, marks: tuple[str, ...] = ()) -> bytes:
     """Train a BPE model with the published settings; the same sentences give the same bytes.
+
+    `marks` are pieces of their own, ids 4 and up, that are never part of another.
 
     Raises InputError where the vocabulary does not fit the text.
     """
@@ -422,7 +448,11 @@ def train_tokenizer(training: Iterable[str], vocab_size: int) -> bytes:
     option = f"--train-tokenizer {vocab_size}"
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(training), model_writer=writer, vocab_size=vocab_size, **TRAINER
+            sentence_iterator=iter(training),
+            model_writer=writer,
+            vocab_size=vocab_size,
+            **TRAINER,
+            **({"user_defined_symbols": list(marks)} if marks else {}),
         )
     except RuntimeError as error:
         too_few = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
@@ -442,40 +472,81 @@ def train_tokenizer(training: Iterable[str], vocab_size: int) -> bytes:
 class Encoded(NamedTuple):
     """A batch of encoded documents.
 
-    `ids` uint16 (tokens,): the documents end to end, each with its BOS. `counts`, `source_bytes` and
-    `accounted_bytes`, all int64 (documents,): tokens (0 where the text gives none), UTF-8 bytes of the text,
-    and bytes by the rule of the challenge.
+    `ids` uint16 and `sizes` uint32, both (tokens,): the documents end to end, each with its BOS, and bytes
+    that each token stands for. `counts`, `source_bytes` and `accounted_bytes`, all int64 (documents,): tokens
+    (0 where the text gives none), UTF-8 bytes of the text, and the sum of `sizes`.
     """
 
     ids: np.ndarray
+    sizes: np.ndarray
     counts: np.ndarray
     source_bytes: np.ndarray
     accounted_bytes: np.ndarray
 
 
 class Encoder:
-    """Encodes batches of texts with one model; an instance lives in each worker."""
+    """Encodes batches of texts with one model; an instance lives in each worker.
+
+    A model that knows the marks is given CaseOps text: `check_marks` has seen to it that this is wanted.
+    """
 
     def __init__(self, model: bytes) -> None:
         self.processor = load_tokenizer(model, TOKENIZER)
+        self.marks = has_marks(self.processor)
         self.tables = byte_tables(self.processor)
 
     def encode(self, texts: list[str]) -> Encoded:
         """Encode `texts`. Raises InputError for an id outside the vocabulary."""
+        pieces, spelled = self.marked(texts) if self.marks else (self.plain(texts), [])
         bos = self.processor.bos_id()
-        pieces = self.processor.encode(texts, out_type=int, num_threads=1) if texts else []
         flat = [[bos, *piece] if piece else [] for piece in pieces]
         counts = np.array([len(piece) for piece in flat], np.int64)
         ids = np.fromiter(itertools.chain.from_iterable(flat), np.int64, int(counts.sum()))
-        size = self.tables.base.size
-        if ids.size and not 0 <= ids.min() <= ids.max() < size:
-            raise InputError(f"{TOKENIZER}: token ids {ids.min()}..{ids.max()}; allowed: 0..{size - 1}")
-        # The first token of each document is BOS and counts nothing: what stands before it does not matter.
-        bytes_each = accounted_bytes(self.tables, np.roll(ids, 1), ids)
-        running = np.concatenate([[0], np.cumsum(bytes_each)])
+        vocab = self.tables.base.size
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
+            raise InputError(f"{TOKENIZER}: token ids {ids.min()}..{ids.max()}; allowed: 0..{vocab - 1}")
+        if self.marks:
+            sizes = np.concatenate([np.zeros(0, np.int64), *spelled])
+        else:
+            # The first token of each document is BOS and counts nothing, whatever stands before it.
+            sizes = accounted_bytes(self.tables, np.roll(ids, 1), ids)
+        running = np.concatenate([[0], np.cumsum(sizes)])
         ends = np.cumsum(counts)
         source = np.array([len(text.encode("utf-8")) for text in texts], np.int64)
-        return Encoded(ids.astype(np.uint16), counts, source, running[ends] - running[ends - counts])
+        accounted = running[ends] - running[ends - counts]
+        return Encoded(ids.astype(np.uint16), sizes.astype(np.uint32), counts, source, accounted)
+
+    def plain(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without BOS."""
+        return self.processor.encode(texts, out_type=int, num_threads=1) if texts else []
+
+    def marked(self, texts: list[str]) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids of each text as CaseOps text, and the bytes of BOS and of each, int64 (1 + tokens,).
+
+        White space at the ends is in no token. A letter spelled in bytes falls to the last of them.
+        """
+        pieces, sizes = [], []
+        for text in map(caseops.encode, texts):
+            ids, spans = encode_spans(self.processor, text)
+            pieces.append(ids)
+            if ids:
+                running = np.concatenate([[0], np.cumsum(caseops.char_bytes(text))])
+                first, last = np.array([(0, 0), *spans]).T
+                sizes.append(running[last] - running[first])
+        return pieces, sizes
+
+
+def encode_spans(processor: spm.SentencePieceProcessor, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text`, and the characters first..last-1 of it that each stands for.
+
+    sentencepiece tells them in one way up to 0.2.2, and in another from 0.2.3 on.
+    """
+    try:
+        mapping = processor.encode(text, out_type="offset_mapping")
+    except (RuntimeError, ValueError):
+        proto = processor.encode(text, out_type="immutable_proto")
+        return [piece.id for piece in proto.pieces], [(piece.begin, piece.end) for piece in proto.pieces]
+    return mapping["ids"], mapping["offsets"]
 
 
 _WORKER: dict[str, Encoder] = {}
@@ -621,16 +692,27 @@ class Export:
         self.out = out
         self.manifest = manifest
         self.cursor = start_cursor(manifest)
-        self.buffer = np.empty(manifest["request"]["shard_tokens"], np.uint16)
+        # One row of tokens, and with sidecars one of their bytes.
+        rows = 1 + bool(manifest["request"].get("transform"))
+        self.buffer = np.empty((rows, manifest["request"]["shard_tokens"]), np.uint16)
         self.fill = 0
         self.split = "val"
 
     def add(self, batch: list[Item], encoded: Encoded) -> None:
-        """Append the documents of `batch`. Raises InputError when a shard cannot be written."""
+        """Append the documents of `batch`. Raises InputError when a shard cannot be written, and DataError
+        for a token that stands for more bytes than a sidecar can say.
+        """
         ends = np.cumsum(encoded.counts)
+        columns = np.stack([encoded.ids, encoded.sizes][: len(self.buffer)])
         for index, item in enumerate(batch):
             count = int(encoded.counts[index])
-            self.add_tokens(item.split, encoded.ids[ends[index] - count : ends[index]])
+            largest = int(encoded.sizes[ends[index] - count : ends[index]].max(initial=0))
+            if largest > MOST_BYTES and has_sidecar(self.manifest, item.split):
+                raise DataError(
+                    f"document {self.cursor['document'] + 1}: one token stands for {largest:,} bytes, as a "
+                    f"run of spaces does; allowed: up to {MOST_BYTES:,}; shorten it"
+                )
+            self.add_tokens(item.split, columns[:, ends[index] - count : ends[index]])
             totals = self.cursor["splits"][item.split]
             if count:
                 totals["documents"] += 1
@@ -643,18 +725,18 @@ class Export:
             self.cursor["document"] += 1
             self.cursor["offset"] = 0
 
-    def add_tokens(self, split: str, ids: np.ndarray) -> None:
-        """Append one document's `ids` (n,), but for those that earlier shards already hold."""
+    def add_tokens(self, split: str, columns: np.ndarray) -> None:
+        """Append one document's tokens, (rows, n) as in the buffer, but for those of earlier shards."""
         if split != self.split:
             self.flush()
             self.split = split
         done = self.cursor["offset"]
-        while done < ids.size:
-            part = ids[done : done + self.buffer.size - self.fill]
-            self.buffer[self.fill : self.fill + part.size] = part
-            self.fill += part.size
-            done += part.size
-            if self.fill == self.buffer.size:
+        while done < columns.shape[1]:
+            part = columns[:, done : done + self.buffer.shape[1] - self.fill]
+            self.buffer[:, self.fill : self.fill + part.shape[1]] = part
+            self.fill += part.shape[1]
+            done += part.shape[1]
+            if self.fill == self.buffer.shape[1]:
                 self.cursor["offset"] = done
                 self.flush()
 
@@ -663,15 +745,21 @@ class Export:
         if not self.fill:
             return
         index = sum(shard["split"] == self.split for shard in self.manifest["shards"])
-        name = shard_name(self.split, index)
-        parts = shard_bytes(self.buffer[: self.fill])
-        write_whole(self.out / name, parts)
-        digest = hashlib.sha256(parts[0])
-        digest.update(parts[1])
-        entry = {"name": name, "split": self.split, "tokens": self.fill, "sha256": digest.hexdigest()}
+        entry = {"name": shard_name(self.split, index), "split": self.split, "tokens": self.fill}
+        entry["sha256"] = self.write_row(0, entry["name"])
+        if has_sidecar(self.manifest, self.split):
+            entry["sidecar_sha256"] = self.write_row(1, shard_name(SIDECAR, index))
         self.manifest["shards"].append({**entry, "after": copy_of(self.cursor)})
         self.fill = 0
         write_manifest(self.out, self.manifest)
+
+    def write_row(self, row: int, name: str) -> str:
+        """Write one row of what is at hand as the shard `name`; its SHA-256 in hex."""
+        parts = shard_bytes(self.buffer[row, : self.fill])
+        write_whole(self.out / name, parts)
+        digest = hashlib.sha256(parts[0])
+        digest.update(parts[1])
+        return digest.hexdigest()
 
     def finish(self) -> None:
         """Write what is at hand and close the manifest. Raises DataError where a split has no token."""
@@ -683,6 +771,11 @@ class Export:
                 raise DataError(f"no token in the {split} split ({left_out}); give other documents")
         self.manifest.update(complete=True, splits=splits)
         write_manifest(self.out, self.manifest)
+
+
+def has_sidecar(manifest: dict[str, Any], split: str) -> bool:
+    """Whether a sidecar stands beside each shard of `split`."""
+    return split == "val" and bool(manifest["request"].get("transform"))
 
 
 def start_cursor(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -727,9 +820,11 @@ def made_files(out: Path, manifest: dict[str, Any]) -> list[Path]:
 
     The next shard of each split is one of them: a run may be stopped after a rename and before its record.
     """
-    names = [shard["name"] for shard in manifest["shards"]]
+    names = []
     for split in SPLITS:
-        names.append(shard_name(split, sum(shard["split"] == split for shard in manifest["shards"])))
+        count = sum(shard["split"] == split for shard in manifest["shards"])
+        kinds = [split, *[SIDECAR] * has_sidecar(manifest, split)]
+        names += [shard_name(kind, index) for kind in kinds for index in range(count + 1)]
     return [out / name for name in (*names, TOKENIZER, MANIFEST)]
 
 
@@ -772,9 +867,15 @@ def check_fresh_folder(out: Path, model: bytes | None, manifest: dict[str, Any] 
 
 def keep_whole_shards(out: Path, manifest: dict[str, Any]) -> bool:
     """Cut the record at the first shard that is missing or not whole; whether all were there."""
+
+    def is_whole(shard: dict[str, Any]) -> bool:
+        names = [shard["name"]]
+        if has_sidecar(manifest, shard["split"]):
+            names.append(shard["name"].replace("_val_", f"_{SIDECAR}_"))
+        return all(shard_is_whole(out / name, shard["tokens"]) for name in names)
+
     recorded = manifest["shards"]
-    intact = itertools.takewhile(lambda shard: shard_is_whole(out / shard["name"], shard["tokens"]), recorded)
-    manifest["shards"] = list(intact)
+    manifest["shards"] = list(itertools.takewhile(is_whole, recorded))
     return len(manifest["shards"]) == len(recorded)
 
 
@@ -795,6 +896,7 @@ class Settings:
     sample_bytes: int
     workers: int
     force: bool
+    caseops: bool
 
 
 class Progress:
@@ -838,8 +940,11 @@ class Progress:
             self.bar.close()
 
 
-def read_model(path: Path | None) -> bytes | None:
-    """The bytes of `--tokenizer`, checked; None where one is to be trained. Raises InputError."""
+def read_model(path: Path | None, marks: bool) -> bytes | None:
+    """The bytes of `--tokenizer`, checked; None where one is to be trained. Raises InputError.
+
+    `marks` says whether it has to know the marks of CaseOps text.
+    """
     if path is None:
         return None
     if not path.is_file():
@@ -847,7 +952,7 @@ def read_model(path: Path | None) -> bytes | None:
             f"--tokenizer {path}: no such file; give a SentencePiece .model, or --train-tokenizer"
         )
     model = path.read_bytes()
-    load_tokenizer(model, f"--tokenizer {path}")
+    check_marks(model, marks, f"--tokenizer {path}")
     return model
 
 
@@ -859,6 +964,7 @@ def make_request(settings: Settings, source: Source, model: bytes | None) -> dic
         tokenizer = {"sha256": hashlib.sha256(model).hexdigest()}
     return {
         "docs": source.identity,
+        "transform": caseops.NAME if settings.caseops else None,
         "tokenizer": tokenizer,
         "val_docs": choose_val_docs(source, settings.val_docs, settings.max_docs),
         "max_docs": settings.max_docs,
@@ -873,10 +979,11 @@ def train_on_source(settings: Settings, source: Source, val_docs: int) -> bytes:
     # Files are listed by name, so their first 20 MB could be one corner of the folder; a .jsonl is taken from
     # its start, as the length of a compressed one shows only at its end.
     keep = min(1.0, settings.sample_bytes / total) if total else 1.0
-    items = select(source, val_docs, settings.max_docs)
-    return train_tokenizer(
-        tokenizer_sample(items, keep, settings.sample_bytes), vocab_size=settings.train_tokenizer
-    )
+    items, marks = select(source, val_docs, settings.max_docs), ()
+    if settings.caseops:
+        items, marks = (item._replace(text=caseops.encode(item.text)) for item in items), tuple(caseops.MARKS)
+    sample = tokenizer_sample(items, keep, settings.sample_bytes)
+    return train_tokenizer(sample, settings.train_tokenizer, marks)
 
 
 def new_manifest(request: dict[str, Any], model: bytes) -> dict[str, Any]:
@@ -952,7 +1059,7 @@ def resume(
 def run(settings: Settings) -> None:
     """Prepare the shards of `settings`, anew or from where an earlier run stopped. Raises InputError."""
     source = open_source(settings.docs)
-    manifest, model = start_or_resume(settings, source, read_model(settings.tokenizer))
+    manifest, model = start_or_resume(settings, source, read_model(settings.tokenizer, settings.caseops))
     if model is None:
         print("up to date: nothing to do")
         print_summary(settings.out, manifest)
@@ -997,7 +1104,8 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
     vocab_size = manifest["tokenizer"]["vocab_size"]
     where, tokenizer = shlex.quote(str(out)), shlex.quote(str(out / TOKENIZER))
     print(f"shards, {TOKENIZER} ({vocab_size} pieces) and {MANIFEST} are in {out}; to train:")
-    print(f"DATA_PATH={where} TOKENIZER_PATH={tokenizer} VOCAB_SIZE={vocab_size} python train_gpt.py")
+    knobs = f"VOCAB_SIZE={vocab_size}" + " CASEOPS_ENABLED=1" * has_sidecar(manifest, "val")
+    print(f"DATA_PATH={where} TOKENIZER_PATH={tokenizer} {knobs} python train_gpt.py")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1052,6 +1160,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--sample-bytes", type=count, default=SAMPLE_BYTES, metavar="N", help="text to train a tokenizer on")
     add("--workers", type=whole_number(1, 1024), default=os.cpu_count() or 1, metavar="N", help="processes")
+    add("--caseops", action="store_true", help="small letters and marks for capitals, and byte sidecars")
     add("--force", action="store_true", help="replace what an earlier run of this script made in FOLDER")
     return parser
 

@@ -30,7 +30,9 @@ settings.load_profile("repeatable")
 
 # group of tests -> (seconds it may take on two cores, its files). A new file of tests gets a group here.
 GROUPS = {
-    "chapters and data": (180, "chapters scripts config schedule world data prepare download bad_input"),
+    "chapters and data": (
+        180, "chapters scripts config schedule world data prepare caseops download bad_input",
+    ),
     "builder": (300, "submission"),
     "kernels": (180, "kernels storage coding bitpacking"),
     "models": (180, "features model optimizer train objective compile ranks"),
@@ -38,7 +40,7 @@ GROUPS = {
     "distillation": (120, "teachers distillation"),
     "records": (120, "records readme audit sweep"),
     "robustness": (120, "robustness checkpoint resume faults dependencies regressions"),
-}
+}  # fmt: skip
 GROUP_OF = {f"test_{name}.py": group for group, (_, names) in GROUPS.items() for name in names.split()}
 
 

@@ -321,6 +321,7 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
     "EVAL_ONLY": "test_export.py: it takes an artifact, and trains nothing",
     "ARTIFACT": "test_export.py: it names what EVAL_ONLY scores",
     "SAMPLE": "test_evaluate.py: it takes an artifact, and scores nothing",
+    "CASEOPS_ENABLED": "test_caseops.py: it takes shards, sidecars and a tokenizer of their own",
     "COMPILE": "test_compile.py: it needs a C++ compiler, and its traces differ in the last bits",
     "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",
     "DIST_TIMEOUT": "test_timeout_reaches_the_watchdog: nothing hangs in an honest run",

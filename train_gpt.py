@@ -899,6 +899,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 LARGE_TENSOR = 32_768  # elements from which a tensor travels alone (record 1855)
+RENAMED = torch.__version__ >= (2, 13)  # it warns of two collectives under the names they had before
 
 
 class Pending(NamedTuple):
@@ -964,14 +965,16 @@ class World:
             return whole, Pending()
         whole = whole.to(self.dtype).div_(self.size)
         share = torch.empty_like(whole[: len(whole) // self.size])
-        return share, Pending((dist.reduce_scatter_tensor(share, whole, async_op=True),))
+        scatter = dist.reduce_scatter_single if RENAMED else dist.reduce_scatter_tensor
+        return share, Pending((scatter(share, whole, async_op=True),))
 
     def gather_later(self, share: Tensor) -> tuple[Tensor, Pending]:
         """Start putting every rank's share together again, on all ranks. Alone it is the share itself."""
         if self.size == 1:
             return share, Pending()
         whole = share.new_empty(self.size * len(share), *share.shape[1:])
-        return whole, Pending((dist.all_gather_into_tensor(whole, share.contiguous(), async_op=True),))
+        gather = dist.all_gather_single if RENAMED else dist.all_gather_into_tensor
+        return whole, Pending((gather(whole, share.contiguous(), async_op=True),))
 
     def sum_later(self, t: Tensor) -> object:
         """Start summing a host tensor over ranks; `.wait()` on what is returned finishes it."""

@@ -227,6 +227,9 @@ def test_row_without_gradient_stays_where_it_is():
 # --------------------------------------------------------------------------------------
 
 
+RATES = {"MATRIX_LR": 0.011, "SCALAR_LR": 0.013, "TIED_EMBED_LR": 0.017, "EMBED_LR": 0.019, "HEAD_LR": 0.023}
+
+
 @pytest.mark.parametrize(
     "knobs", [{}, {"TIE_EMBEDDINGS": 0}, {"NUM_LOOPS": 1, "LOOP_END": 1, "LOOP_START": 0}]
 )
@@ -241,6 +244,22 @@ def test_every_parameter_is_in_one_group(knobs):
     assert sum(int(line.split("params:")[1]) for line in lines) == sum(p.numel() for p in model.parameters())
 
 
+def test_table_tells_algorithm_rate_and_decay_of_each_group():
+    muon = {"MUON_ROW_NORMALIZE": 1, "POLAR_EXPRESS_NS": 1, "MUON_BACKEND_STEPS": 4, "LR_WIDTH_SCALING": 1}
+    decays = {"MUON_WD": 0.3, "EMBED_WD": 0.2, "ADAM_WD": 0.1}
+    cfg = config(TIE_EMBEDDINGS=0, MODEL_DIM=64, **RATES, **decays, **muon)
+    rows = [dict(pair.split(":") for pair in line.split()) for line in
+            Optimizer(make_model(cfg, lone()), cfg, lone()).table()]  # fmt: skip
+    assert [tuple(row[key] for key in ("optimizer_group", "algorithm", "lr", "wd")) for row in rows] == [
+        ("muon", "muon+row_norm+polar_expressx4", "0.088", "0.3"),
+        ("embed", "adam", "0.019", "0.2"),
+        ("head", "adam", "0.023", "0.2"),
+        ("scalar", "adam", "0.013", "0.1"),
+    ]
+    line = Optimizer(make_model(config(), lone()), config(), lone()).table()[0]
+    assert " algorithm:muon+newton_schulzx5 lr:0.04 wd:0 " in line
+
+
 def test_unknown_group_and_vector_under_muon_are_errors():
     model = make_model(config(), lone())
     codec = model.tags["skip_weights"].codec
@@ -251,9 +270,6 @@ def test_unknown_group_and_vector_under_muon_are_errors():
     model.blocks[0].attn.tags["q_gain"] = Tag(codec, "muon")
     with pytest.raises(AssertionError, match="matrices only"):
         group_params(model)
-
-
-RATES = {"MATRIX_LR": 0.011, "SCALAR_LR": 0.013, "TIED_EMBED_LR": 0.017, "EMBED_LR": 0.019, "HEAD_LR": 0.023}
 
 
 @pytest.mark.parametrize("tied", [0, 1])

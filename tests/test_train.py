@@ -239,7 +239,7 @@ def files(run: Run) -> list[str]:
 
 UNTIED, SLIDING = {"TIE_EMBEDDINGS": 0}, {"SLIDING_WINDOW_ENABLED": 1}
 LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0}
-TAPER = {"MUON_WD": 0.5, "WD_TAPER_FINAL_MULT": 0.5}
+TAPER = {"MUON_WD": 0.5, "WD_TAPER_START_FRAC": 0.4, "WD_TAPER_FINAL_MULT": 0.5}
 EFFECTS = {
     "RUN_ID": Effect({"RUN_ID": "other"}, seen=result("run_id")),
     "DATA_PATH": Effect({"DATA_PATH": "{other}"}),

@@ -542,12 +542,12 @@ def poison(rows: list) -> None:
     """Rows [step, rank, kind]: spoil that rank's part of that step.
 
     Kinds: activations (as a bad batch would), loss, gradient, infinity; `opposite` puts infinities of two
-    signs into the gradients of ranks 0 and 1. NOTES["steps"] gets a row a step: [counted as good, bit for
-    bit as before].
+    signs into the gradients of ranks 0 and 1. Spoilt is a matrix of Muon's in odd steps, and the embedding in
+    even ones. NOTES["steps"] gets a row a step: [counted as good, bit for bit as before].
     """
     import train_gpt
 
-    planned, now = {(step, rank): kind for step, rank, kind in rows}, {"kind": None}
+    planned, now = {(step, rank): kind for step, rank, kind in rows}, {"kind": None, "step": 0}
     train_step, reduce, embed = train_gpt.train_step, train_gpt.reduce_gradients, train_gpt.Embed.forward
     values = {"gradient": float("nan"), "infinity": float("inf"), "opposite": (-1.0) ** my_rank() * 1e999}
 
@@ -555,18 +555,20 @@ def poison(rows: list) -> None:
         x = embed(module, ctx)
         return x * float("nan") if now["kind"] == "activations" else x
 
-    def reducing(model, loss, world):
+    def reducing(optimizer, loss):
         if now["kind"] == "loss":
             loss.fill_(float("nan"))
         elif now["kind"] in values:
-            next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = values[now["kind"]]
-        return reduce(model, loss, world)
+            members = optimizer.groups["muon" if now["step"] % 2 else "embed"].values()
+            list(members)[-1].grad.view(-1)[0] = values[now["kind"]]
+        return reduce(optimizer, loss)
 
     def stepping(t, batches, phase):
         if t.clock.mark is None:  # the warm-up
             return train_step(t, batches, phase)
         both = "opposite" if planned.get((t.state.step, 0)) == "opposite" and my_rank() < 2 else None
-        now["kind"], before = both or planned.get((t.state.step, my_rank())), digest(t)
+        now.update(kind=both or planned.get((t.state.step, my_rank())), step=t.state.step)
+        before = digest(t)
         figures = train_step(t, batches, phase)
         NOTES.setdefault("steps", []).append([bool(figures[2] > 0), digest(t) == before])
         now["kind"] = None
@@ -610,23 +612,96 @@ def note_opened() -> None:
 # --------------------------------------------------------------------------------------
 
 
-def reduce_different_gradients() -> None:
-    """Each rank's gradients are its rank + 1, times the parameter's number; one parameter has none."""
+@contextlib.contextmanager
+def gloo():
+    """(Config of the environment, World) of one rank; alone where there is one rank."""
     import torch
     import torch.distributed as dist
 
     import train_gpt
 
-    dist.init_process_group("gloo")
-    cpu, alone = torch.device("cpu"), train_gpt.Journal(None)
-    world = train_gpt.World(my_rank(), dist.get_world_size(), cpu, torch.float32, False, alone, Path())
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (5,), (4,))])
-    for i, p in enumerate(list(model)[:2]):
-        p.grad = torch.full_like(p, (i + 1.0) * (my_rank() + 1))
-    loss = torch.tensor(float(my_rank()))
-    norm = train_gpt.reduce_gradients(model, loss, world)
-    NOTES.update(grads=[p.grad.tolist() for p in model], loss=loss.item(), norm=norm.item())
-    dist.destroy_process_group()
+    cfg, ranks = train_gpt.read_config(dict(os.environ)), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    dtype = torch.bfloat16 if cfg.compute.dtype == "bfloat16" else torch.float32
+    cpu, silent = torch.device("cpu"), train_gpt.Journal(None)
+    try:
+        yield cfg, train_gpt.World(my_rank(), ranks, cpu, dtype, False, silent, Path())
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
+def whole_gradients(optimizer, gradients) -> dict:
+    """Name -> averaged gradient, of which Muon's are put together from all ranks."""
+    found = {}
+    for stack, share in zip(optimizer.muon.stacks, gradients.shares, strict=True):
+        stacked, pending = optimizer.world.gather_later(share)
+        pending.wait()
+        found |= zip(stack.names, stacked.unbind(), strict=False)
+    others = {name: p.grad for kind, group in optimizer.groups.items() if kind != "muon"
+              for name, p in group.items()}  # fmt: skip
+    return found | others
+
+
+def reduce_different_gradients() -> None:
+    """Each rank's gradients are its rank + 1, times the parameter's number; one parameter has none."""
+    import torch
+
+    import train_gpt
+
+    with gloo() as (cfg, world):
+        model = train_gpt.make_model(cfg, world)
+        params = dict(model.named_parameters())
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = None if name == "skip_weights" else torch.full_like(p, (i + 1.0) * (my_rank() + 1))
+        loss = torch.tensor(float(my_rank()))
+        optimizer = train_gpt.Optimizer(model, cfg, world)
+        if cfg.optim.clips_own:
+            train_gpt.clip_own(model, cfg.optim.clip)
+        gradients = train_gpt.reduce_gradients(optimizer, loss)
+        whole = whole_gradients(optimizer, gradients)
+        ranges = {name: [whole[name].min().item(), whole[name].max().item(), p.numel()]
+                  for name, p in params.items()}  # fmt: skip
+        NOTES.update(grads=ranges, loss=loss.item(), norm=gradients.norm.item())
+
+
+def step_by_shares() -> None:
+    """Five steps on random gradients whose mean over ranks is always the same, noted as weights and momentum.
+
+    The last two are taken twice, the second time from the state that was saved before them, and one step in
+    between must not happen. NOTES: seconds, and whether both times ended alike.
+    """
+    import numpy as np
+    import torch
+
+    import train_gpt
+
+    with gloo() as (cfg, world):
+        torch.manual_seed(0)
+        t = train_gpt.Trainer(train_gpt.make_model(cfg, world), None, cfg, world, "")
+
+        def step(number: int, ok: bool = True) -> None:
+            for i, p in enumerate(t.model.parameters()):
+                random = torch.Generator().manual_seed(1000 * number + i)
+                p.grad = torch.randn(p.shape, generator=random) * (2 * (my_rank() + 1) / (world.size + 1))
+            gradients = train_gpt.reduce_gradients(t.optimizer, torch.zeros(()))
+            phase = train_gpt.Phase(1 / (number + 1), 0.8 + 0.02 * number, 0, False, 0.9)
+            t.optimizer.step(gradients, phase, torch.tensor(ok))
+
+        for number in range(3):
+            step(number)
+        saved = {name: value.clone() for name, value in t.tensors().items()}
+        step(3, ok=False)
+        NOTES["kept"] = all(torch.equal(value, saved[name]) for name, value in t.tensors().items())
+        ends = []
+        for _ in range(2):
+            t.restore(saved)
+            step(3)
+            step(4)
+            ends.append(digest(t))
+        NOTES.update(ends=ends)
+        np.savez(Path(os.environ["OUT"]) / f"{my_rank()}.npz", **t.tensors())
 
 
 def share_16_megabytes() -> None:

@@ -113,12 +113,14 @@ def test_a_finished_run_may_be_resumed_and_ends_the_same(toy_data, tmp_path):
     assert go_on(env) == want and go_on(env) == want
 
 
-def test_a_run_stopped_on_two_ranks_goes_on_on_one(toy_data, tmp_path):
-    env = small(toy_data, tmp_path / "fewer", GRAD_ACCUM_STEPS=0)
-    stopped = play(env, plant("at_step", step=2, actions=["term"], rank=1), ranks=2)
-    assert stopped.statuses == [143, 143]
-    alone, both = go_on(env).trace, undisturbed(toy_data, tmp_path, GRAD_ACCUM_STEPS=0).trace
-    losses = [[float.fromhex(json.loads(row)["loss"]) for row in t.splitlines()[:6]] for t in (alone, both)]
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (4, 2)])
+def test_a_run_goes_on_on_another_number_of_ranks(toy_data, tmp_path, before, after):
+    """The checkpoint holds the whole momentum, of which each rank takes its share."""
+    env = small(toy_data, tmp_path / "other", GRAD_ACCUM_STEPS=0)
+    stopped = play(env, plant("at_step", step=2, actions=["term"], rank=before - 1), ranks=before)
+    assert stopped.statuses == [143] * before
+    traces = go_on(env, after).trace, undisturbed(toy_data, tmp_path, GRAD_ACCUM_STEPS=0).trace
+    losses = [[float.fromhex(json.loads(row)["loss"]) for row in t.splitlines()[:6]] for t in traces]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

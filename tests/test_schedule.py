@@ -99,6 +99,22 @@ def test_momentum_climbs_over_its_steps_and_stays():
     assert phase_at(Progress(0, 0), at_once).momentum == pytest.approx(0.97)
 
 
+def test_decay_is_whole_until_its_share_of_the_run_and_then_falls_to_its_last_value():
+    cfg = config(WD_TAPER_START_FRAC=0.7, WD_TAPER_FINAL_MULT=0.5, MAX_WALLCLOCK_SECONDS=600)
+    found = [phase_at(Progress(9, s), cfg).decay for s in (0, 420, 510, 600, 601)]
+    assert found == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.5])
+    by_steps = config(WD_TAPER_START_FRAC=0, WD_TAPER_FINAL_MULT=0, MAX_WALLCLOCK_SECONDS=0, ITERATIONS=10)
+    assert [phase_at(Progress(n, 0), by_steps).decay for n in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+    at_once = config(WD_TAPER_START_FRAC=1, WD_TAPER_FINAL_MULT=0.5, MAX_WALLCLOCK_SECONDS=600)
+    assert [phase_at(Progress(9, s), at_once).decay for s in (0, 600)] == [1.0, 1.0]
+
+
+def test_decay_does_not_fall_unless_told():
+    cfg = config(MUON_WD=0.1, WARMDOWN_FRAC=0.5, MAX_WALLCLOCK_SECONDS=600)
+    assert {phase_at(Progress(9, s), cfg).decay for s in range(0, 601, 50)} == {1.0}
+    assert {phase.decay for phase in (final_phase(cfg), *warm_phases(cfg))} == {1.0}
+
+
 def test_loops_begin_at_their_share_of_the_run():
     cfg = config(NUM_LOOPS=2, ENABLE_LOOPING_AT=0.35, MAX_WALLCLOCK_SECONDS=600)
     assert [phase_at(Progress(9, s), cfg).loops for s in (0, 209.9, 210, 600)] == [0, 0, 2, 2]

@@ -239,6 +239,7 @@ def files(run: Run) -> list[str]:
 
 UNTIED, SLIDING = {"TIE_EMBEDDINGS": 0}, {"SLIDING_WINDOW_ENABLED": 1}
 LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0}
+TAPER = {"MUON_WD": 0.5, "WD_TAPER_START_FRAC": 0.4, "WD_TAPER_FINAL_MULT": 0.5}
 EFFECTS = {
     "RUN_ID": Effect({"RUN_ID": "other"}, seen=result("run_id")),
     "DATA_PATH": Effect({"DATA_PATH": "{other}"}),
@@ -297,6 +298,14 @@ EFFECTS = {
     "MUON_MOMENTUM_WARMUP_STEPS": Effect({"MUON_MOMENTUM_WARMUP_STEPS": 2}),
     "MUON_BACKEND_STEPS": Effect({"MUON_BACKEND_STEPS": 3}),
     "GRAD_CLIP_NORM": Effect({"GRAD_CLIP_NORM": 0.01}),
+    "MUON_ROW_NORMALIZE": Effect({"MUON_ROW_NORMALIZE": 1}),
+    "POLAR_EXPRESS_NS": Effect({"POLAR_EXPRESS_NS": 1}),
+    "MUON_WD": Effect({"MUON_WD": 0.1}),
+    "EMBED_WD": Effect({"EMBED_WD": 0.1}),
+    "ADAM_WD": Effect({"ADAM_WD": 0.1}),
+    "WD_TAPER_START_FRAC": Effect({"WD_TAPER_START_FRAC": 0.1}, TAPER),
+    "WD_TAPER_FINAL_MULT": Effect({"WD_TAPER_FINAL_MULT": 0.0}, TAPER),
+    "LR_WIDTH_SCALING": Effect({"LR_WIDTH_SCALING": 1}, {"MATRIX_LR": 0.001}),
     "EMA_DECAY": Effect({"EMA_DECAY": 0.9}),
     "WARMDOWN_FRAC": Effect({"WARMDOWN_FRAC": 0.9}),
     "WARMDOWN_ITERS": Effect({"WARMDOWN_ITERS": 1}),
@@ -326,6 +335,7 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
     "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",
     "DIST_TIMEOUT": "test_timeout_reaches_the_watchdog: nothing hangs in an honest run",
     "VAL_BATCH_TOKENS": "test_evaluate.py: the scores must not depend on it",
+    "GRAD_CLIP_LOCAL": "test_ranks_clip_their_own_gradients in test_ranks.py: alone it changes nothing",
 }
 PAYLOAD = "test_knob_changes_the_artifact in test_calibrate.py compares what is coded, without its header"
 EXEMPT |= dict.fromkeys(

@@ -1725,8 +1725,8 @@ def load_tokenizer(cfg: Config) -> Tokenizer:
     base = np.where(silent, 0, np.where(byte, 1, text))
     if sp.bos_id() != BOS and (cfg.input.smear or cfg.input.bigram_on):
         raise UserError(
-            f"SMEAR_GATE_ENABLED and BIGRAM_VOCAB_SIZE want BOS to be piece {BOS}; of TOKENIZER_PATH={path} it "
-            f"is piece {sp.bos_id()}; train another"
+            f"SMEAR_GATE_ENABLED and BIGRAM_VOCAB_SIZE want BOS to be piece {BOS}; in TOKENIZER_PATH={path} "
+            f"it is piece {sp.bos_id()}; train another"
         )
     check_marks(all(sp.piece_to_id(mark) != sp.unk_id() for mark in CASE_MARKS), cfg)
     return Tokenizer(sp.bos_id(), base, space, silent, path.stat().st_size, sp.decode)

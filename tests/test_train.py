@@ -264,6 +264,7 @@ EFFECTS = {
         {"DEVICE": "cuda"}, {"DEVICE": "cpu"}, lambda run: (run.error, run.results.get("device"))
     ),
     "DTYPE": Effect({"DTYPE": "bfloat16"}),
+    "ATTENTION": Effect({"ATTENTION": "flash3"}, {"DEVICE": "cpu"}, error),
     "TRAIN_BATCH_TOKENS": Effect({"TRAIN_BATCH_TOKENS": 512}),
     "TRAIN_SEQ_LEN": Effect({"TRAIN_SEQ_LEN": 16}),
     "TRAIN_SPANS": Effect({"TRAIN_SPANS": 4}),

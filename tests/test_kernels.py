@@ -375,18 +375,24 @@ def test_flex_makes_no_square(plain_flex):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_flex_fits_a_compiled_block_whatever_the_number_of_documents(monkeypatch):
-    """One graph, traced whole; values as without."""
+@pytest.mark.parametrize("whole", [True, False], ids=["in a compiled block", "compiled by itself"])
+def test_flex_is_compiled_once_whatever_the_number_of_documents(monkeypatch, whole):
+    """One graph, traced without a break, forward and backward; values and gradients as without."""
     monkeypatch.setattr(FLEX, "_validate_device", lambda *_: None)
-    attend = functools.partial(train_gpt.attend_flex, (FLEX.flex_attention, FLEX.BlockMask))
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    flex = FLEX.flex_attention if whole else compiled(FLEX.flex_attention)
+    attend = functools.partial(train_gpt.attend_flex, (flex, FLEX.BlockMask))
+    attend = compiled(attend) if whole else attend
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    block = torch.compile(attend, backend="eager", fullgraph=True, dynamic=False)
-    q, k, v = heads(140, torch.float32)
+    qkv, g = heads(140, torch.float32), torch.randn(1, 140, 4, 8)
     for sizes in ([140], [3, 130, 7], [1] * 140, [70, 0, 70]):
         docs = boundaries(sizes)
         torch._dynamo.mark_dynamic(docs, 0)
-        assert (block(q, k, v, docs, 140) - attend_segments_ref(q, k, v, docs)).abs().max() <= 1e-5
+        found = attended(lambda *t, d=docs: attend(*t, d, 140), qkv, g)
+        want = attended(lambda *t, d=docs: attend_segments_ref(*t, d), qkv, g)
+        for a, b in zip(found, want, strict=True):
+            assert (a - b).abs().max() <= 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 

@@ -88,7 +88,7 @@ def as_if_run(job: sweep.Job, bpb: float, **changed) -> dict:
 
 def test_settings_are_run_once_and_a_failure_stops_nothing(tmp_path, toy_data, capsys, monkeypatch):
     """Three runs and two failing ones; then the failing row alone is tried again, and a new row is run."""
-    monkeypatch.setenv("NUM_LAYERS", "1")  # an exported knob is no part of the experiment
+    monkeypatch.setenv("QK_GAIN_INIT", "9")  # an exported knob is no part of the experiment
     bench = Bench(tmp_path, toy_data)
     bench.write(f"B0:\ngone: SEED=1 DATA_PATH={tmp_path}/none\nwide: SEED=1 MLP_MULT=3")
     assert bench.here() == 1
@@ -104,7 +104,7 @@ def test_settings_are_run_once_and_a_failure_stops_nothing(tmp_path, toy_data, c
     assert [(f["row"], f["seed"]) for f in failures] == [("gone", 1)]
     for line, folder in zip(bench.lines, ("B0-1", "B0-2", "wide-1"), strict=True):
         results = json.loads((bench.runs / folder / "results.json").read_text())
-        assert results["config"]["NUM_LAYERS"] == tiny_env()["NUM_LAYERS"]
+        assert results["config"]["QK_GAIN_INIT"] == "1.5"
         assert line["config_hash"] == results["config_hash"]
         assert line["scores"]["roundtrip"] == [results["scores"]["roundtrip"]["val_bpb"], True]
         assert line["source"] == results["source_sha256"][:16]
@@ -134,7 +134,7 @@ def started(folder: Path, timeout: float = 60.0) -> None:
 
 
 def test_killed_sweeps_lose_nothing_and_repeat_nothing(tmp_path, toy_data):
-    """Killed with its run, it makes the run again; killed alone, it lets the run end and takes its result."""
+    """Killed with its run, or told to end, it makes the run anew; killed alone, it takes the run's result."""
     bench = Bench(tmp_path, toy_data, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=2).write("B0:", "seeds = 1")
     folder = bench.runs / "B0-1"
 
@@ -144,6 +144,14 @@ def test_killed_sweeps_lose_nothing_and_repeat_nothing(tmp_path, toy_data):
     both.communicate()
     assert bench.raw == "" and not (folder / "results.json").exists()
     assert bench.table[0][3] == "not run"
+    (folder / "train.log").unlink()
+
+    told = start_program(bench.words, program=PROGRAM)
+    started(folder)
+    told.terminate()
+    said = told.communicate(timeout=60)
+    assert (told.returncode, said[1].count("\n")) == (130, 1), said
+    assert bench.raw == "" and not (folder / "results.json").exists()
     (folder / "train.log").unlink()
 
     alone = start_program(bench.words, program=PROGRAM)
@@ -187,6 +195,23 @@ def test_killed_between_run_and_line_takes_the_run_as_it_is(tmp_path, monkeypatc
     assert bench.here() == 0
     assert made == [2]
     assert [line["seed"] for line in bench.lines] == [1, 2]
+
+
+def test_lines_are_the_old_ones_until_all_of_the_new_one_is_there(tmp_path, monkeypatch):
+    """Killed before the rename, with the new text on disk: not a letter of it is in the raw lines."""
+    raw, seen = tmp_path / "raw/it.jsonl", []
+    sweep.append(raw, {"row": "B0"})
+
+    def killed(temporary, target):
+        seen.append((temporary.read_text(), raw.read_text()))
+        raise SystemExit
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit):
+            sweep.append(raw, {"row": "x"})
+    assert seen == [('{"row": "B0"}\n{"row": "x"}\n', '{"row": "B0"}\n')]
+    assert raw.read_text() == '{"row": "B0"}\n'
 
 
 def leave_results(bench: Bench, job: sweep.Job, **changed) -> None:

@@ -156,6 +156,8 @@ class ComputeConfig:
     clock_sync_every: int = knob("CLOCK_SYNC_EVERY", 0, "steps between waits for the device; 0 = 1 below "
                                  "200 ms a step, else 4", within=(0, 1000))
     dist_timeout: float = knob("DIST_TIMEOUT", 600.0, "seconds before a collective fails", within=(1.0, None))
+    attention: str = knob("ATTENTION", "auto", "kernel of attention; auto = the first that can run here",
+                          choices=("auto", "flash3", "flash2", "varlen", "flex", "sdpa"), tiny="auto")
 
 
 @dataclass(frozen=True)
@@ -1814,7 +1816,7 @@ class Validation:
 
 # ======================================================================================
 # 7. Kernels -- the plain form is the meaning, the fast form is the speed
-# uses:
+# uses: Config
 # ======================================================================================
 
 
@@ -2014,41 +2016,135 @@ def attend_torch(
     return varlen(q[0], k[0], v[0], docs, docs, longest, longest)[None]
 
 
-def pick_attention(
-    device: torch.device, dtype: torch.dtype, compiling: bool, packing: bool = True, gpu: bool = False
-) -> tuple[str, Callable]:
-    """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, SDPA.
+def ordered_tiles(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, columns) bool -> for BlockMask, how many of each row, and their columns, those wanted first."""
+    columns = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)
+    return wanted.sum(1).int()[None, None], columns.int()[None, None]
 
-    Without packing no batch has segments, and no kernel for them is wanted; with `gpu` none for a CPU is.
+
+def document_mask(docs: Tensor, total: int, kind: type) -> object:
+    """Causal attention inside documents as FlexAttention's BlockMask, which `kind` is.
+
+    A query sees the keys from the first of its document to itself. Which tiles of 128 by 128 hold some of
+    those, and which nothing else, follows from the boundaries: no (N,N) square is made, as
+    create_block_mask does. Empty documents have no token.
+    """
+    at = torch.arange(total, dtype=docs.dtype, device=docs.device)
+    first = docs[torch.searchsorted(docs, at, right=True) - 1]  # (N,): it never falls
+    tile = torch.arange(-(-total // 128), device=docs.device)
+    low = first[tile * 128] // 128
+    clear = (first[(tile * 128 + 127).clamp(max=total - 1)] + 127) // 128  # whole in sight of the last query
+    seen = (tile >= low[:, None]) & (tile <= tile[:, None])
+    full = seen & (tile >= clear[:, None]) & (tile < tile[:, None]) & (tile[:, None] < total // 128)
+    return kind.from_kv_blocks(
+        *ordered_tiles(seen & ~full),
+        *ordered_tiles(full),
+        BLOCK_SIZE=128,
+        mask_mod=lambda b, h, i, j: (j <= i) & (j >= first[i]),
+        seq_lengths=(total, total),
+    )
+
+
+def attend_flex(kernels: tuple, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, longest: int) -> Tensor:
+    """FlexAttention (Dong et al., 2024), kernels = (flex_attention, BlockMask).
+
+    Its generated CUDA kernel has not been run: tests run torch's plain form of it, on a CPU.
+    """
+    if docs is None:
+        return sdpa(q, k, v)
+    flex, kind = kernels
+    mask = document_mask(docs, q.shape[1], kind)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+ATTENTION_WANTS = {  # ATTENTION -> what there has to be
+    "flash3": "a Hopper GPU, bfloat16 and the package flash_attn_interface",
+    "flash2": "CUDA, bfloat16 and the package flash_attn",
+    "varlen": "CUDA, bfloat16, DOC_PACKING=1 and torch >= 2.10",
+    "flex": "CUDA, DOC_PACKING=1 and the package triton",
+}
+
+
+def no_attention(choice: str, where: object) -> UserError:
+    return UserError(
+        f"ATTENTION={choice} cannot run here, on {where}; it wants {ATTENTION_WANTS[choice]}; ATTENTION=auto "
+        f"takes what there is"
+    )
+
+
+def pick_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    compiling: bool,
+    packing: bool = True,
+    gpu: bool = False,
+    choice: str = "auto",
+) -> tuple[str, Callable]:
+    """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, Flex, SDPA.
+
+    All have one contract: q (B,N,H,K), k and v (B,N,G,K), docs, longest -> (B,N,H,K). Without packing no
+    batch has segments, and no kernel for them is wanted; with `gpu` none for a CPU is. Raises UserError
+    where `choice`, which is ATTENTION, cannot run here.
     """
     if not gpu and device.type != "cuda":
-        return host_attention(device, compiling and dtype == torch.bfloat16, packing)
-    plain = functools.partial(attend_sdpa, (sdpa, attend_segments_ref if packing else None))
-    if dtype == torch.float32:
-        return "sdpa", plain
-    with contextlib.suppress(ImportError):
-        from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+        return host_attention(device, compiling and dtype == torch.bfloat16, packing, choice)
+    half, found = dtype != torch.float32, None
+    if half:
+        found = flash_attention(device, choice)
+    if packing and not found:
+        found = segment_attention(half, compiling, choice)
+    if found:
+        return found
+    if choice not in {"auto", "sdpa"}:
+        raise no_attention(choice, f"{device.type} in {dtype}")
+    return "sdpa", functools.partial(attend_sdpa, (sdpa, attend_segments_ref if packing else None))
 
-        if torch.cuda.get_device_capability(device)[0] == 9:
-            return "flash-attn-3", functools.partial(attend_flash, (flash_attn_func, flash_attn_varlen_func))
-    with contextlib.suppress(ImportError):
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-        return "flash-attn-2", functools.partial(attend_flash, (flash_attn_func, flash_attn_varlen_func))
-    if packing:
+def flash_attention(device: torch.device, choice: str) -> tuple[str, Callable] | None:
+    """FlashAttention 3 on a Hopper GPU, else 2, of what is installed and may be chosen."""
+    if choice in {"auto", "flash3"}:
+        with contextlib.suppress(ImportError):
+            from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+            if torch.cuda.get_device_capability(device)[0] == 9:
+                kernels = flash_attn_func, flash_attn_varlen_func
+                return "flash-attn-3", functools.partial(attend_flash, kernels)
+    if choice in {"auto", "flash2"}:
+        with contextlib.suppress(ImportError):
+            from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+            return "flash-attn-2", functools.partial(attend_flash, (flash_attn_func, flash_attn_varlen_func))
+    return None
+
+
+def segment_attention(half: bool, compiling: bool, choice: str) -> tuple[str, Callable] | None:
+    """Torch's own kernels for documents, of those that may be chosen; Flex in float32 only when asked for."""
+    if half and choice in {"auto", "varlen"}:
         with contextlib.suppress(ImportError):
             from torch.nn.attention.varlen import varlen_attn
 
             varlen = functools.partial(varlen_attn, **varlen_options(varlen_attn))
             return "torch-varlen", functools.partial(attend_torch, varlen)
-    return "sdpa", plain
+    if choice == "flex" or (half and choice == "auto"):
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401 -- what compiles it; torch does without
+            from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+            # uncompiled it makes all N * N scores; inside a compiled block it is compiled anyway
+            flex = flex_attention if compiling else compiled_once(flex_attention)
+            return "flex", functools.partial(attend_flex, (flex, BlockMask))
+    return None
 
 
-def host_attention(device: torch.device, blocked: bool, packing: bool) -> tuple[str, Callable]:
-    """Attention on a CPU; in float32 torch's backward is as good as ours by blocks."""
+def host_attention(device: torch.device, blocked: bool, packing: bool, choice: str) -> tuple[str, Callable]:
+    """Attention on a CPU; in float32 torch's backward is as good as ours by blocks. Raises UserError."""
     if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
         inside = attend_segments_ref if packing else None
         return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
+    if choice not in {"auto", "sdpa"}:
+        raise no_attention(choice, device)
+    blocked = blocked and choice == "auto"
     kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
     return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
 
@@ -3500,7 +3596,7 @@ class GPT(nn.Module):
         self.cfg, self.fast = cfg, False
         gpu = cfg.compute.device == "cuda" and not cfg.run.forecast
         self.attention_name, attend = pick_attention(
-            world.device, world.dtype, world.compiling, cfg.data.packing, gpu
+            world.device, world.dtype, world.compiling, cfg.data.packing, gpu, cfg.compute.attention
         )
         self.embed = Embed(cfg, world.dtype)
         self.blocks = nn.ModuleList(make_block(cfg, i, attend) for i in range(cfg.model.layers))
@@ -3675,7 +3771,7 @@ def make_fast(model: GPT, world: World) -> GPT:
     ):
         raise UserError(
             "DOC_PACKING=1 finds no kernel for documents of any length here: want DTYPE=bfloat16 and "
-            "flash-attn or torch >= 2.10; or set COMPILE=0, which is slow"
+            "flash-attn or torch >= 2.10, or ATTENTION=flex; or set COMPILE=0, which is slow"
         )
     if world.compiling:
         # kinds x qat x grad x shape; 8 is a hard error with fullgraph

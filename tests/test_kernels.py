@@ -1,6 +1,9 @@
 """Kernels: the fast forms of the loss and of attention inside documents mean what the plain forms mean."""
 
+import functools
+import importlib
 import inspect
+import random
 import sys
 from types import ModuleType
 
@@ -319,6 +322,82 @@ def test_tiles_of_their_real_size_are_near_in_bfloat16(sizes, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------
+# FlexAttention
+# --------------------------------------------------------------------------------------
+
+FLEX = importlib.import_module("torch.nn.attention.flex_attention")  # torch has a function of that name too
+
+
+@pytest.fixture
+def plain_flex(monkeypatch):
+    """FlexAttention as torch computes it uncompiled, its refusal of gradients on a CPU taken out."""
+    monkeypatch.setattr(FLEX, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(FLEX, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    return functools.partial(train_gpt.attend_flex, (FLEX.flex_attention, FLEX.BlockMask))
+
+
+def layouts() -> dict[str, list[int]]:
+    """Lengths of documents: one alone, the shortest, empty ones between others, and drawn ones."""
+    drawn = {}
+    for seed in range(4):
+        rng = random.Random(seed)
+        drawn[f"drawn {seed}"] = [rng.choice([0, 1, 1, 2, 7, 40, 128, 131]) for _ in range(12)]
+    fixed = {"one": [300], "one token": [1], "tokens": [1] * 9, "empty between": [5, 0, 0, 3, 1, 0, 140]}
+    return fixed | {"tiles": [128, 256, 128], "long and short": [1, 600, 1, 39]} | drawn
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("sizes", layouts().values(), ids=layouts())
+def test_tiles_of_flex_are_those_that_the_whole_square_has(sizes, padding):
+    """torch's own create_block_mask makes the (N,N) square and looks at it; all ten lists are the same."""
+    docs, total = boundaries(sizes, padding), sum(sizes)
+    number = torch.bucketize(torch.arange(total), docs, right=True)
+
+    def sees(b, h, i, j):
+        return (number[i] == number[j]) & (j <= i)
+
+    want = FLEX.create_block_mask(sees, 1, 1, total, total, "cpu")
+    found = train_gpt.document_mask(docs, total, FLEX.BlockMask)
+    assert found.shape == want.shape and found.BLOCK_SIZE == want.BLOCK_SIZE
+    lists = [name for name in vars(want) if name.endswith(("_num_blocks", "_indices"))]
+    assert len(lists) == 8
+    for name in lists:
+        assert torch.equal(getattr(found, name), getattr(want, name)), name
+    seen = FLEX.create_mask(found.mask_mod, 1, 1, total, total, "cpu")
+    assert torch.equal(seen, FLEX.create_mask(sees, 1, 1, total, total, "cpu"))
+
+
+def test_flex_makes_no_square(plain_flex):
+    """32,768 tokens in documents of 100: a square of them would have a milliard entries."""
+    with Largest() as seen:
+        train_gpt.document_mask(boundaries([100] * 327 + [68]), 32_768, FLEX.BlockMask)
+    assert seen.entries <= 257**2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("whole", [True, False], ids=["in a compiled block", "compiled by itself"])
+def test_flex_is_compiled_once_whatever_the_number_of_documents(monkeypatch, whole):
+    """One graph, traced without a break, forward and backward; values and gradients as without."""
+    monkeypatch.setattr(FLEX, "_validate_device", lambda *_: None)
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    flex = FLEX.flex_attention if whole else compiled(FLEX.flex_attention)
+    attend = functools.partial(train_gpt.attend_flex, (flex, FLEX.BlockMask))
+    attend = compiled(attend) if whole else attend
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    qkv, g = heads(140, torch.float32), torch.randn(1, 140, 4, 8)
+    for sizes in ([140], [3, 130, 7], [1] * 140, [70, 0, 70]):
+        docs = boundaries(sizes)
+        torch._dynamo.mark_dynamic(docs, 0)
+        found = attended(lambda *t, d=docs: attend(*t, d, 140), qkv, g)
+        want = attended(lambda *t, d=docs: attend_segments_ref(*t, d), qkv, g)
+        for a, b in zip(found, want, strict=True):
+            assert (a - b).abs().max() <= 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+# --------------------------------------------------------------------------------------
 # Which kernel
 # --------------------------------------------------------------------------------------
 
@@ -357,7 +436,7 @@ def flash(monkeypatch, name: str, pair: bool = False) -> tuple[Spy, Spy]:
 def bare(monkeypatch):
     """A Hopper GPU in name, and no package with a kernel."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for name in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+    for name in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen", "triton"):
         plant(monkeypatch, name)
     return monkeypatch
 
@@ -469,3 +548,132 @@ def test_only_compiled_bfloat16_blocks_on_a_cpu_go_back_by_blocks(monkeypatch):
     docs = boundaries([3, 1, 6])
     assert torch.equal(attend(q, k, v, docs, 10), segment_operator(False)(q, k, v, docs))
     assert len(calls) == 1
+
+
+# --------------------------------------------------------------------------------------
+# One contract
+# --------------------------------------------------------------------------------------
+
+STAND_INS = ["flash3", "flash2", "varlen"]  # another's kernel, answering with the plain form
+BACKENDS = ["plain", "operator", "tiles", "flex", *STAND_INS]
+
+
+@pytest.fixture
+def backend(bare, small_tiles, plain_flex, request):
+    """attend(q, k, v, docs, longest) of the named one; those of a GPU as ATTENTION picks them."""
+    name = request.param
+    if name in FORMS:
+        return lambda q, k, v, docs, longest: FORMS[name](q, k, v, docs)
+    flash(bare, "flash_attn_interface", pair=True)
+    flash(bare, "flash_attn")
+    plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(Spy(True), "2.12"))
+    plant(bare, "triton", __version__="in name")
+    return pick_attention(CUDA, torch.bfloat16, True, choice=name)[1]
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("sizes", layouts().values(), ids=layouts())
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_backends_agree_forward_and_backward(backend, sizes, shape):
+    """With the softmax over the whole masked square in float64; grouped heads; a tail of empty documents."""
+    docs, qkv = boundaries(sizes), heads(sum(sizes), torch.float32, 16, *shape)
+    g = torch.randn(1, sum(sizes), shape[0], 16)
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    want = attended(lambda q, k, v: naive(q, k, v, docs.tolist()), exact, g.double())
+    found = attended(lambda q, k, v: backend(q, k, v, docs, max(sizes)), qkv, g)
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_a_document_leaves_the_others_as_they_are_to_the_bit(backend):
+    """Outputs and gradients of every other document, for each document that is changed."""
+    sizes = [3, 1, 9, 0, 20, 7]
+    docs, qkv = boundaries(sizes), [t.detach() for t in heads(40, torch.float32)]
+    g = torch.randn(1, 40, 4, 8)
+
+    def outcome(given):
+        leaves = [t.clone().requires_grad_() for t in given]
+        return attended(lambda q, k, v: backend(q, k, v, docs, 20), leaves, g)
+
+    before = outcome(qkv)
+    for a, b in segments(docs):
+        after = outcome([torch.cat([t[:, :a], t[:, a:b].flip(-1) + 1, t[:, b:]], 1) for t in qkv])
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old[:, :a], new[:, :a]) and torch.equal(old[:, b:], new[:, b:])
+        assert not torch.equal(before[0][:, a:b], after[0][:, a:b])
+
+
+@pytest.mark.parametrize("backend", ["flex", *STAND_INS], indirect=True)
+def test_whole_rows_need_no_documents(backend):
+    q, k, v = (t.view(3, 20, *t.shape[2:]) for t in heads(60))
+    assert torch.equal(backend(q, k, v, None, 20), sdpa(q, k, v))
+
+
+def test_flex_stands_between_torchs_varlen_and_sdpa(bare):
+    """Where it can be compiled, in half precision; and it gets what is compiled."""
+    plant(bare, "triton", __version__="in name")
+    assert pick_attention(CUDA, torch.bfloat16, True)[0] == "flex"
+    assert pick_attention(CUDA, torch.bfloat16, True, packing=False)[0] == "sdpa"
+    assert pick_attention(CUDA, torch.float32, True)[0] == "sdpa"
+    plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(Spy(True), "2.12"))
+    assert pick_attention(CUDA, torch.bfloat16, True)[0] == "torch-varlen"
+    wrapped = []
+    bare.setattr(train_gpt, "compiled_once", lambda function: wrapped.append(function) or function)
+    assert pick_attention(CUDA, torch.float32, True, choice="flex")[0] == "flex" and wrapped == []
+    assert pick_attention(CUDA, torch.float32, False, choice="flex")[0] == "flex"
+    assert wrapped == [FLEX.flex_attention]
+
+
+def test_attention_is_the_one_that_was_chosen(bare):
+    """All are there; each choice is taken, whatever `auto` would prefer."""
+    flash(bare, "flash_attn_interface")
+    flash(bare, "flash_attn")
+    plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(Spy(True), "2.12"))
+    plant(bare, "triton", __version__="in name")
+    want = {"auto": "flash-attn-3", "flash3": "flash-attn-3", "flash2": "flash-attn-2"}
+    want |= {"varlen": "torch-varlen", "flex": "flex", "sdpa": "sdpa"}
+    choices = train_gpt.all_knobs()["ATTENTION"][1].metadata["choices"]
+    assert {c: pick_attention(CUDA, torch.bfloat16, True, choice=c)[0] for c in choices} == want
+
+
+@pytest.mark.parametrize(
+    ("choice", "capability", "dtype", "packing", "there"),
+    [
+        ("flash3", (8, 0), torch.bfloat16, True, True),
+        ("flash3", (9, 0), torch.float32, True, True),
+        ("flash3", (9, 0), torch.bfloat16, True, False),
+        ("flash2", (9, 0), torch.float32, True, True),
+        ("flash2", (9, 0), torch.bfloat16, True, False),
+        ("varlen", (9, 0), torch.float32, True, True),
+        ("varlen", (9, 0), torch.bfloat16, False, True),
+        ("varlen", (9, 0), torch.bfloat16, True, False),
+        ("flex", (9, 0), torch.bfloat16, False, True),
+        ("flex", (9, 0), torch.bfloat16, True, False),
+    ],
+)
+def test_choice_that_cannot_run_is_refused_in_one_line(bare, choice, capability, dtype, packing, there):
+    bare.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if there:
+        for name in ("flash_attn_interface", "flash_attn"):
+            flash(bare, name)
+        plant(bare, "torch.nn.attention.varlen", varlen_attn=varlen_of(Spy(True), "2.12"))
+        plant(bare, "triton", __version__="in name")
+    pattern = rf"^ATTENTION={choice} cannot run here, on cuda in {dtype}; it wants .*[^\n]*ATTENTION=auto"
+    with pytest.raises(train_gpt.UserError, match=pattern):
+        pick_attention(CUDA, dtype, True, packing, choice=choice)
+
+
+@pytest.mark.parametrize("choice", ["flash3", "flash2", "varlen", "flex"])
+def test_kernels_of_a_gpu_are_refused_on_a_cpu_but_not_forecast(choice):
+    with pytest.raises(train_gpt.UserError, match=f"ATTENTION={choice} cannot run here, on cpu; it wants "):
+        pick_attention(CPU, torch.bfloat16, True, choice=choice)
+    assert pick_attention(torch.device("meta"), torch.bfloat16, True, choice=choice)[0] == "forecast"
+
+
+def test_sdpa_on_a_cpu_is_torchs_own():
+    """Neither by blocks nor by tiles, as `auto` has it for compiled bfloat16."""
+    assert pick_attention(CPU, torch.bfloat16, True)[0] == "sdpa-blocked"
+    name, attend = pick_attention(CPU, torch.bfloat16, True, choice="sdpa")
+    assert name == "sdpa" and attend.args[0] == (sdpa, segment_operator(False))

@@ -240,7 +240,8 @@ def files(run: Run) -> list[str]:
 UNTIED, SLIDING = {"TIE_EMBEDDINGS": 0}, {"SLIDING_WINDOW_ENABLED": 1}
 LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0}
 TAPER = {"MUON_WD": 0.5, "WD_TAPER_START_FRAC": 0.4, "WD_TAPER_FINAL_MULT": 0.5}
-LANES, SPARSE, OUT = {"PARALLEL_START_LAYER": 2}, {"SPARSE_ATTN_GATE_ENABLED": 1}, {"ATTN_OUT_GATE_ENABLED": 1}
+LANES, SPARSE = {"PARALLEL_START_LAYER": 2}, {"SPARSE_ATTN_GATE_ENABLED": 1}
+OUT = {"ATTN_OUT_GATE_ENABLED": 1}
 PAIRS, VALUES, AHEAD = {"BIGRAM_VOCAB_SIZE": 64}, {"VE_ENABLED": 1}, {"MTP_NUM_HEADS": 1}
 EFFECTS = {
     "RUN_ID": Effect({"RUN_ID": "other"}, seen=result("run_id")),
@@ -267,6 +268,7 @@ EFFECTS = {
         {"DEVICE": "cuda"}, {"DEVICE": "cpu"}, lambda run: (run.error, run.results.get("device"))
     ),
     "DTYPE": Effect({"DTYPE": "bfloat16"}),
+    "ATTENTION": Effect({"ATTENTION": "flash3"}, {"DEVICE": "cpu"}, error),
     "TRAIN_BATCH_TOKENS": Effect({"TRAIN_BATCH_TOKENS": 512}),
     "TRAIN_SEQ_LEN": Effect({"TRAIN_SEQ_LEN": 16}),
     "TRAIN_SPANS": Effect({"TRAIN_SPANS": 4}),

@@ -145,7 +145,7 @@ class Recipe:
 
 def make_recipe(env: dict[str, str]) -> Recipe:
     """Check the knobs and sort them. Raises UserError for unknown names and what `read_config` refuses."""
-    known = {*train_gpt.all_knobs(), *train_gpt.ALIASES, *train_gpt.WITHOUT_EFFECT}
+    known = {*train_gpt.all_knobs(), *train_gpt.ALIASES, *train_gpt.DERIVING, *train_gpt.WITHOUT_EFFECT}
     strangers = [unknown_knob(name) for name in env if name not in known]
     strangers += [f"{name} is about one run, not part of a recipe" for name in ONE_RUN if name in env]
     if strangers:
@@ -168,9 +168,9 @@ def tiny_twin(recipe: Recipe) -> Recipe:
     only do slowly or not at all is left out.
     """
     own, env = recipe.values, {}
-    for name, text in train_gpt.tiny_env().items():
+    for name, value in train_gpt.tiny_values().items():
         if own[name]:
-            env[name] = text
+            env[name] = train_gpt.spelled(value)
     del env["COMPILE"], env["DTYPE"]
     env.pop("MAX_WALLCLOCK_SECONDS", None)
     chosen = {"VAL_LOSS_EVERY": "3", "GRAD_ACCUM_STEPS": "2"}

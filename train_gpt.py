@@ -10,9 +10,9 @@ the loaded model: the number printed last belongs to the bytes on disk, never to
 
  1 Config        2 Schedule      3 Journal       4 World         5 Clock
  6 Data          7 Kernels       8 Storage       9 Coding       10 Layers
-11 Mixers       12 Feed-forward 13 Model        14 Objective    15 Optimizer
-16 Checkpoint   17 Calibrate    18 Train        19 Export       20 Evaluate
-21 Report       22 Main
+11 Mixers       12 Feed-forward 13 Memory       14 Model        15 Objective
+16 Optimizer    17 Checkpoint   18 Calibrate    19 Train        20 Export
+21 Evaluate     22 Report       23 Main
 
 B rows, T tokens, D width, H query heads, G key/value heads, K head dim, V vocabulary, N = B*T.
 Losses are nats per token unless a name says bits.
@@ -62,6 +62,7 @@ LIVE: dict[str, object] = {}  # and of those for which it does
 SOURCE_STAGE = "source"  # which stage of the build the program is
 FOLDED = False  # whether frozen values stand in its code, and what they leave dead is gone
 LIVE_KNOBS = ("RUN_ID", "RUN_DIR", "DATA_PATH", "TOKENIZER_PATH", "SEED")  # what any built program is told
+BOS = 1  # begins every document; all tokenizers of the challenge agree on it (frontier 1.1)
 SIZE_LIMIT = 16_000_000  # bytes of code and weights together; decimal, not MiB (challenge README)
 
 # ======================================================================================
@@ -85,7 +86,9 @@ def knob(  # noqa: PLR0913 -- a knob is one row
     on: object = None,
 ) -> object:
     """One knob, one row: name, default, meaning, allowed values, its value in a tiny test run, and the value
-    that switches its feature on there; a bool and a choice need no such value."""
+    that switches its feature on there; a bool and a choice need no such value. Where the default is off, the
+    tiny value is that of a feature that is on."""
+    on = tiny if on is None and not default else on
     meta = {"env": env, "doc": doc, "choices": choices, "within": within, "tiny": tiny, "on": on}
     return field(default=default, metadata=meta)
 
@@ -188,6 +191,10 @@ class ModelConfig:
     softcap: float = knob("LOGIT_SOFTCAP", 30.0, "logits are cap * tanh(logits / cap)", within=(1e-3, None))
     rope_base: float = knob("ROPE_BASE", 10000.0, "base of the rotary frequencies", within=(1.0, None))
     qk_gain: float = knob("QK_GAIN_INIT", 1.5, "learned gain of each query head at the start")
+    slope: float = knob("MLP_NEGATIVE_SLOPE", 0.0, "slope of the MLP's ReLU below zero, before it is squared",
+                        within=(0.0, 1.0), on=0.5)
+    init: str = knob("MATRIX_INIT", "uniform", "matrices that do not begin at zero: U(+-1/sqrt(inputs)), or "
+                     "orthogonal", choices=("uniform", "orthogonal"))
 
     @property
     def head_dim(self) -> int:
@@ -210,6 +217,85 @@ class LoopConfig:
     @property
     def on(self) -> bool:
         return self.count > 0
+
+
+@dataclass(frozen=True)
+class AttnConfig:
+    """What attention does besides attending (records 549, 1667, 1855, 1886; frontier 2.4 and 2.11)."""
+
+    rope_dims: int = knob("ROPE_DIMS", 0, "dimensions of a head that rotary embedding turns; 0 = all",
+                          within=(0, None), tiny=4)
+    rope_ntk: bool = knob("ROPE_YARN", False, "stretch the rotary base where contexts are longer than in "
+                          "training (NTK)")
+    xsa_last: int = knob("XSA_LAST_N", 0, "last layers whose heads drop what lies along their own value",
+                         within=(0, None), on=2)
+    dense_gate: bool = knob("GATED_ATTN_ENABLED", False, "a gate per head that reads every channel")
+    dense_std: float = knob("GATED_ATTN_INIT_STD", 0.01, "spread of its weights at the start",
+                            within=(0.0, None))
+    sparse_gate: bool = knob("SPARSE_ATTN_GATE_ENABLED", False, "a gate per head that reads GATE_WINDOW "
+                             "channels")
+    sparse_std: float = knob("SPARSE_ATTN_GATE_INIT_STD", 0.0, "spread of its weights at the start",
+                             within=(0.0, None))
+    sparse_scale: float = knob("SPARSE_ATTN_GATE_SCALE", 1.0, "factor before its sigmoid", on=0.5)
+    out_gate: bool = knob("ATTN_OUT_GATE_ENABLED", False, "a gate per head that begins at 1 and ends below 2")
+    out_source: str = knob("ATTN_OUT_GATE_SRC", "proj", "what it reads: attention's input, or its queries",
+                           choices=("proj", "q"))
+    bias_gate: bool = knob("GATED_ATTENTION", False, "a gate per head with a bias, nearly open at the start")
+    gate_window: int = knob("GATE_WINDOW", 12, "leading channels that narrow gates read", within=(1, None))
+    gate_int8: bool = knob("GATED_ATTN_QUANT_GATE", False, "ship gates of heads as int8 rows, not float16")
+    value_residual: bool = knob("VALUE_RESIDUAL", False, "later layers mix the first layer's values in")
+
+    @property
+    def gated(self) -> bool:
+        return self.dense_gate or self.sparse_gate or self.out_gate or self.bias_gate
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """How layers join the residual stream (record 1855; frontier 2.3, 2.6, 2.9, 2.11)."""
+
+    ln_scale: bool = knob("LN_SCALE", False, "scale the input of layer i by 1/sqrt(i+1)")
+    skip_gates: bool = knob("SKIP_GATES_ENABLED", False, "learn, per channel, how much of a skip comes in")
+    lanes_from: int = knob("PARALLEL_START_LAYER", 0, "first layer of two parallel lanes, one for attention "
+                           "and one for the MLP, behind encoder and loop; 0 = one lane", within=(0, None),
+                           tiny=2)
+    final_lane: str = knob("PARALLEL_FINAL_LANE", "mean", "what of the two lanes is read out",
+                           choices=("mean", "attn", "mlp"))
+    delta_gate: bool = knob("DTG_ENABLED", False, "a gate per token on what a layer adds; not on lanes")
+
+    @property
+    def lanes_on(self) -> bool:
+        return self.lanes_from > 0
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What joins the embedding of a token (records 549 and 1855; frontier 2.7 and 2.11)."""
+
+    smear: bool = knob("SMEAR_GATE_ENABLED", False, "add a gated part of the token before, within a document")
+    bigram_rows: int = knob("BIGRAM_VOCAB_SIZE", 0, "rows of a table of hashed token pairs; 0 = none",
+                            within=(0, None), tiny=64)
+    bigram_dim: int = knob("BIGRAM_DIM", 128, "width of that table", within=(1, None), tiny=16)
+    values: bool = knob("VE_ENABLED", False, "a table of tokens is added to the values of VE_LAYERS")
+    values_dim: int = knob("VE_DIM", 128, "width of that table", within=(1, None), tiny=16)
+    values_layers: str = knob("VE_LAYERS", "", "layers that read it, e.g. 9,10; empty means the last two")
+
+    @property
+    def bigram_on(self) -> bool:
+        return self.bigram_rows > 0
+
+
+@dataclass(frozen=True)
+class AheadConfig:
+    """Heads that predict tokens further ahead, in training only (record 549; Gloeckle et al., 2024)."""
+
+    heads: int = knob("MTP_NUM_HEADS", 0, "extra heads for the tokens after the next; they do not ship",
+                      within=(0, 8), on=1)
+    weight: float = knob("MTP_LOSS_WEIGHT", 0.2, "weight of their mean loss", within=(0.0, None))
+
+    @property
+    def on(self) -> bool:
+        return self.heads > 0
 
 
 @dataclass(frozen=True)
@@ -338,6 +424,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    attn: AttnConfig = field(default_factory=AttnConfig)
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    ahead: AheadConfig = field(default_factory=AheadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -349,10 +439,34 @@ class Config:
     def eval_len(self) -> int:
         return self.scoring.seq_len or self.data.seq_len
 
+    @property
+    def rope_dims(self) -> int:
+        return self.attn.rope_dims or self.model.head_dim
+
+    @property
+    def lanes_start(self) -> int:
+        """First layer with two lanes: those before it are visited on the way down, or more than once."""
+        behind_loop = self.loop.last + 1 if self.loop.on else 0
+        return max(self.residual.lanes_from, self.model.layers // 2, behind_loop)
+
+    @property
+    def table_layers(self) -> tuple[int, ...]:
+        """Layers that read the table of values; none where VE_LAYERS is no list of layers."""
+        layers = range(self.model.layers)
+        parts = self.input.values_layers.split(",")
+        found = [i for i in layers if str(i) in map(str.strip, parts)]
+        return tuple(found) if len(found) == len(parts) else () if any(parts) else tuple(layers[-2:])
+
     def check(self) -> None:
         """Rules that span knobs, a line each. Raises UserError naming the first that is broken."""
+        ladder_rungs(self.size.ladder)
+        for holds, text in [*self.shape_rules(), *self.feature_rules(), *self.run_rules()]:
+            if not holds:
+                raise UserError(text)
+
+    def shape_rules(self) -> list[tuple[bool, str]]:
         m, d, loop = self.model, self.data, self.loop
-        rules = [
+        return [
             (m.dim % m.heads == 0, f"NUM_HEADS={m.heads} does not divide MODEL_DIM={m.dim}"),
             (m.heads % m.kv_heads == 0, f"NUM_KV_HEADS={m.kv_heads} does not divide NUM_HEADS={m.heads}"),
             (
@@ -373,6 +487,38 @@ class Config:
                 not loop.on or loop.first <= loop.last < m.layers,
                 f"LOOP_START={loop.first}, LOOP_END={loop.last} want start <= end < NUM_LAYERS={m.layers}",
             ),
+        ]
+
+    def feature_rules(self) -> list[tuple[bool, str]]:
+        m = self.model
+        narrow = self.attn.sparse_gate or self.attn.out_gate or self.input.smear
+        return [
+            (
+                self.rope_dims % 2 == 0 and self.rope_dims <= m.head_dim,
+                f"ROPE_DIMS={self.rope_dims} wants an even number up to MODEL_DIM/NUM_HEADS={m.head_dim}",
+            ),
+            (
+                self.rope_dims > 2 or not self.attn.rope_ntk,
+                f"ROPE_YARN=1 wants more than the {self.rope_dims} dimensions of ROPE_DIMS",
+            ),
+            (
+                not narrow or self.attn.gate_window <= m.dim,
+                f"GATE_WINDOW={self.attn.gate_window} is wider than MODEL_DIM={m.dim}",
+            ),
+            (
+                bool(self.table_layers),
+                f"VE_LAYERS={self.input.values_layers!r} wants layers below NUM_LAYERS={m.layers}, e.g. 1,2",
+            ),
+            (self.input.bigram_rows != 1, "BIGRAM_VOCAB_SIZE=1 wants at least 2 rows, one for beginnings"),
+            (
+                not self.residual.lanes_on or self.lanes_start < m.layers,
+                f"PARALLEL_START_LAYER={self.residual.lanes_from} leaves no layer for two lanes, which begin "
+                f"at layer {self.lanes_start} of NUM_LAYERS={m.layers}; lower it",
+            ),
+        ]
+
+    def run_rules(self) -> list[tuple[bool, str]]:
+        return [
             (
                 not self.scoring.sliding or self.scoring.stride <= self.eval_len,
                 f"EVAL_STRIDE={self.scoring.stride} is longer than the evaluation context of {self.eval_len}",
@@ -387,10 +533,6 @@ class Config:
                 "RESUME=1 wants RUN_ID or RUN_DIR, to know which run",
             ),
         ]
-        ladder_rungs(self.size.ladder)
-        for holds, text in rules:
-            if not holds:
-                raise UserError(text)
 
 
 # What SIZE_LADDER may lower: knob -> (kinds of tensors, field of their codec).
@@ -424,6 +566,11 @@ def ladder_rungs(text: str) -> list[tuple[str, float]]:
 # Old or other scripts' names -> ours, or the sentence that refuses them. One name, one meaning.
 ALIASES = {
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",  # naive baseline
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",  # this and the next four: record 1667
+    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
+    "GATE_ATTN_OUT": "ATTN_OUT_GATE_ENABLED",
+    "GATE_ATTN_SRC": "ATTN_OUT_GATE_SRC",
+    "GATE_WIDTH": "GATE_WINDOW",
     "CONTROL_TENSOR_NAME_PATTERNS": "refused: each parameter names its optimizer and codec where it is made",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "refused: each parameter names its codec where it is made",
     "TURBO_QUANT_KV": "refused: there is no key/value cache to quantise",
@@ -431,6 +578,9 @@ ALIASES = {
     "INSIDE_OUT_TRAINING": "refused: abandoned, it gained nothing in its own ablation",
     "DEQ_FEEDBACK": "refused: abandoned, it gained nothing in its own ablation",
 }
+# Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix.
+VALUE_ALIASES = {("COMPRESSOR", "pergroup"): "auto"}
+DERIVING = ("DATA_DIR",)  # published names from which the value of others follows
 WITHOUT_EFFECT = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # published, read by no script
 TRUTH = {
     "0": False,
@@ -464,7 +614,20 @@ def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
         if env.get(new, env[old]) != env[old]:
             raise UserError(f"{old}={env[old]!r} is another name of {new}={env[new]!r}; set one of them")
         out[new] = out.pop(old)
-    return out
+    for (name, value), ours in VALUE_ALIASES.items():
+        if out.get(name) == value:
+            out[name] = ours
+    return {**published_paths(out), **out} if "DATA_DIR" in out else out
+
+
+def published_paths(env: dict[str, str]) -> dict[str, str]:
+    """Where the published scripts look below DATA_DIR for shards and tokenizer (frontier 1.1)."""
+    vocab, root = env.get("VOCAB_SIZE", "1024"), Path(env["DATA_DIR"])
+    data, model = f"fineweb10B_sp{vocab}", f"fineweb_{vocab}_bpe"
+    if TRUTH.get(env.get("CASEOPS_ENABLED", "0").lower()):
+        root, kind = root / f"datasets/{data}_caseops/datasets", "lossless_caps_caseops_v1_reserved"
+        data, model = f"{data}_{kind}", f"{model}_{kind}"
+    return {"DATA_PATH": str(root / "datasets" / data), "TOKENIZER_PATH": f"{root}/tokenizers/{model}.model"}
 
 
 def read_config(env: dict[str, str]) -> Config:
@@ -563,7 +726,7 @@ def thawed(env: dict[str, str]) -> dict[str, str]:
 
 def near_misses(env: dict[str, str]) -> list[str]:
     """One sentence for each variable that looks like a mistyped or unknown knob (`MODEL_DIMS`)."""
-    known = [*all_knobs(), *ALIASES, *WITHOUT_EFFECT]
+    known = [*all_knobs(), *ALIASES, *DERIVING, *WITHOUT_EFFECT]
     families = {name.split("_")[0] for name in known if "_" in name} - {"ENABLE", "MAX", "RUN"}
     lines = [
         f"{name} is accepted but has no effect: no published script reads it"
@@ -626,10 +789,16 @@ def shown(value: object) -> str:
     return "(empty)" if value == "" else str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def tiny_env() -> dict[str, str]:
-    """The environment of a run of seconds, for tests and for the builder's proof."""
+def tiny_values() -> dict[str, object]:
+    """Knob -> its value in a run of seconds, of features that are on."""
     rows = {env: f.metadata["tiny"] for env, (_, f) in all_knobs().items()}
-    return {env: spelled(value) for env, value in rows.items() if value is not None}
+    return {env: value for env, value in rows.items() if value is not None}
+
+
+def tiny_env() -> dict[str, str]:
+    """The environment of a run of seconds, for tests: small, and nothing on that is off by default."""
+    rows, knobs = tiny_values(), all_knobs()
+    return {env: spelled(value) for env, value in rows.items() if knobs[env][1].default or not value}
 
 
 # ======================================================================================
@@ -2297,7 +2466,31 @@ class Fp4:
         return 3.4 * math.prod(shape) + 14.3 * row_shape(shape)[0]
 
 
-Codec = Half | IntRow | LowRank | Ternary | Fp8 | Fp4
+@dataclass(frozen=True)
+class Absent:
+    """No bytes at all, for what only training needs; the loaded model has zeros there."""
+
+    @property
+    def name(self) -> str:
+        return "none"
+
+    def fake_quant(self, w: Tensor) -> Tensor:
+        return torch.zeros_like(w)
+
+    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+        return {}
+
+    def decode(self, streams: Streams, shape: Shape) -> Tensor:
+        return torch.zeros(shape)
+
+    def planes(self, shape: Shape) -> dict[str, Plane]:
+        return {}
+
+    def bits(self, shape: Shape) -> float:
+        return 0.0
+
+
+Codec = Half | IntRow | LowRank | Ternary | Fp8 | Fp4 | Absent
 
 
 def through(w: Tensor, quantised: Tensor) -> Tensor:
@@ -2726,7 +2919,11 @@ class Ctx(NamedTuple):
     docs: Tensor | None  # segment boundaries along B*T, or None
     longest: int  # no segment is longer
     phase: Phase
-    rope: tuple[Tensor, Tensor] | None = None  # cos, sin: (T, K/2); filled by the model
+    rope: tuple[Tensor, Tensor] | None = None  # cos, sin: (T, K/2); this and the rest are filled by the model
+    scale: Tensor | None = None  # () of this layer's input
+    lanes: tuple[Tensor, Tensor] | None = None  # (2,) and (2,2): how this layer's lanes go on and take in
+    first: Tensor | None = None  # (B,T,G,K) values of the first layer
+    table: Tensor | None = None  # (B,T,G*K) values looked up by token
 
 
 class Out(NamedTuple):
@@ -2734,6 +2931,7 @@ class Out(NamedTuple):
 
     y: Tensor  # (B,T,D)
     aux: dict[str, Tensor]  # unweighted scalar losses by name
+    values: Tensor | None = None  # (B,T,G,K), where a later layer wants them
 
 
 NO_AUX: dict[str, Tensor] = {}
@@ -2780,6 +2978,21 @@ def integer_codec(bits: int, sigmas: float, cfg: Config) -> Codec:
     return Half() if bits == 16 else IntRow(bits, sigmas, cfg.export.clip_percentile, cfg.export.scale_floor)
 
 
+def gate_codec(cfg: Config) -> Codec:
+    """Of the gates of heads: rows of int8, as record 1886 has them, or float16."""
+    return IntRow(8) if cfg.attn.gate_int8 else Half()
+
+
+def starts_of(ctx: Ctx) -> Tensor:
+    """(B,T) bool: first tokens of documents, segments and rows: nothing reaches them from before."""
+    found = ctx.tokens == BOS
+    found[:, 0] = True
+    if ctx.docs is None:
+        return found
+    edge = torch.zeros(found.numel() + 1, dtype=torch.bool, device=found.device)  # boundaries end with N
+    return found | edge.index_fill(0, ctx.docs.long(), True)[:-1].view_as(found)
+
+
 class Tap:
     """What a matrix sees: the sum of x x' over its inputs, in float32 (Frantar et al., 2022: the Hessian)."""
 
@@ -2814,6 +3027,19 @@ class Proj(nn.Module):
         return F.linear(x, self.effective(phase).to(x.dtype))
 
 
+class Table(nn.Module):
+    """Rows looked up by number, in the codec and with the rate of the embedding."""
+
+    def __init__(self, rows: int, width: int, std: float, cfg: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width).normal_(0.0, std))
+        self.tags = {"weight": Tag(embed_codec(cfg), "embed", "embed")}
+
+    def forward(self, ids: Tensor, phase: Phase) -> Tensor:  # (B,T) -> (B,T,width)
+        codec = self.tags["weight"].codec
+        return F.embedding(ids, codec.fake_quant(self.weight) if phase.qat else self.weight)
+
+
 class Embed(nn.Module):
     """Token embedding. All activations follow its dtype; the weight itself stays float32."""
 
@@ -2842,10 +3068,14 @@ def rope_table(length: int, dims: int, base: float, like: Tensor) -> tuple[Tenso
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """(B,T,H,K): turn the pairs (x_i, x_{i+K/2}) by the angles of their positions (Su et al., 2021)."""
+    """(B,T,H,K): turn the pairs (x_i, x_{i+R/2}) of the first R by their positions' angles (Su et al., 2021).
+
+    R is twice the width of the tables; what lies beyond is the same at every position (frontier 2.4).
+    """
     cos, sin = (t[:, None, :] for t in rope)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
 # ======================================================================================
@@ -2854,10 +3084,66 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # ======================================================================================
 
 
+class GateForm(NamedTuple):
+    """One kind of head gate, as numbers: height * sigmoid(slope * W x[:window] + bias)."""
+
+    window: int
+    std: float = 0.0  # of W at the start
+    slope: float = 1.0
+    height: float = 1.0
+    bias: float | None = None  # learned, from this value on
+    of_queries: bool = False  # x is the queries before their norm, else attention's input
+
+
+def gate_forms(cfg: Config) -> dict[str, GateForm]:
+    """The gates that are on (frontier 2.4 step 7; 2.11)."""
+    forms = {}
+    if cfg.attn.dense_gate:
+        forms["dense"] = GateForm(cfg.model.dim, cfg.attn.dense_std)
+    if cfg.attn.sparse_gate:
+        forms["sparse"] = GateForm(cfg.attn.gate_window, cfg.attn.sparse_std, cfg.attn.sparse_scale)
+    if cfg.attn.out_gate:
+        of_queries = cfg.attn.out_source == "q"
+        forms["out"] = GateForm(cfg.attn.gate_window, height=2.0, of_queries=of_queries)
+    if cfg.attn.bias_gate:
+        forms["bias"] = GateForm(cfg.model.dim, bias=4.0)
+    return forms
+
+
+class HeadGate(nn.Module):
+    """A factor for each token and head."""
+
+    def __init__(self, form: GateForm, cfg: Config) -> None:
+        super().__init__()
+        self.form = form
+        self.weight = nn.Parameter(torch.zeros(cfg.model.heads, form.window).normal_(0.0, form.std))
+        self.tags = {"weight": Tag(gate_codec(cfg), "scalar")}
+        if form.bias is not None:
+            self.bias = nn.Parameter(torch.full((cfg.model.heads,), form.bias))
+            self.tags["bias"] = Tag(Half(), "scalar")
+
+    def forward(self, x: Tensor, queries: Tensor) -> Tensor:  # (B,T,D), (B,T,H*K) -> (B,T,H,1)
+        read = (queries if self.form.of_queries else x)[..., : self.form.window]
+        z = self.form.slope * F.linear(read, self.weight.to(x.dtype))
+        if self.form.bias is not None:
+            z = z + self.bias.to(x.dtype)
+        return self.form.height * torch.sigmoid(z)[..., None]
+
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """(B,T,H,K), (B,T,G,K) -> (B,T,H,K): y less its component along the value of its own position (XSA).
+
+    What a token attends to in itself the residual stream has already (record 1855; frontier 2.4 step 6).
+    """
+    own = F.normalize(v, dim=-1)[..., None, :]
+    heads = y.unflatten(2, (v.shape[2], -1))
+    return (heads - (heads * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised queries and keys and a learned gain per head."""
 
-    def __init__(self, cfg: Config, attend: Callable) -> None:
+    def __init__(self, cfg: Config, layer: int, attend: Callable) -> None:
         super().__init__()
         self.cfg, self.attend = cfg, attend
         width, tag = cfg.model.head_dim, matrix_tag("attn", cfg)
@@ -2867,19 +3153,47 @@ class Attention(nn.Module):
         self.proj = Proj(cfg.model.heads * width, cfg.model.dim, tag, zero=True)
         self.q_gain = nn.Parameter(torch.full((cfg.model.heads,), cfg.model.qk_gain))
         self.tags = {"q_gain": Tag(Half(), "scalar")}
+        self.own_removed = layer >= cfg.model.layers - cfg.attn.xsa_last
+        self.reads_table = cfg.input.values and layer in cfg.table_layers
+        if cfg.attn.gated:
+            self.gates = nn.ModuleDict({name: HeadGate(form, cfg) for name, form in gate_forms(cfg).items()})
+        if cfg.attn.value_residual:
+            self.value_mix = nn.Parameter(torch.full((2,), 0.5))
+            self.tags["value_mix"] = Tag(Half(), "scalar")
+        if cfg.input.values and self.reads_table:
+            self.table_scale = nn.Parameter(torch.ones(1))
+            self.tags["table_scale"] = Tag(Half(), "scalar")
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
         heads = (*x.shape[:2], -1, self.cfg.model.head_dim)
-        q, k, v = (c(x, ctx.phase).view(heads) for c in (self.c_q, self.c_k, self.c_v))
-        q, k = rotate(norm(q), ctx.rope), rotate(norm(k), ctx.rope)
+        queries, k, v = (c(x, ctx.phase) for c in (self.c_q, self.c_k, self.c_v))
+        v = self.values(v, ctx).view(heads)
+        first = v
+        if self.cfg.attn.value_residual and ctx.first is not None:
+            mix = self.value_mix.to(v.dtype)
+            v = mix[0] * ctx.first + mix[1] * v
+        q, k = (rotate(norm(t.view(heads)), ctx.rope) for t in (queries, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         y = self.attend(q, k, v, ctx.docs, ctx.longest)
-        return Out(self.proj(y.flatten(2), ctx.phase), NO_AUX)
+        if self.cfg.attn.xsa_last and self.own_removed:
+            y = without_own_value(y, v)
+        if self.cfg.attn.gated:
+            for gate in self.gates.values():
+                y = y * gate(x, queries)
+        return Out(
+            self.proj(y.flatten(2), ctx.phase), NO_AUX, first if self.cfg.attn.value_residual else None
+        )
+
+    def values(self, v: Tensor, ctx: Ctx) -> Tensor:  # (B,T,G*K)
+        """With what the token's own row of the table adds."""
+        if self.cfg.input.values and self.reads_table:
+            return v + self.table_scale.to(v.dtype) * ctx.table
+        return v
 
 
 def make_mixer(cfg: Config, layer: int, attend: Callable) -> nn.Module:
     """The one place where a layer's mixer is chosen."""
-    return Attention(cfg, attend)
+    return Attention(cfg, layer, attend)
 
 
 # ======================================================================================
@@ -2889,16 +3203,19 @@ def make_mixer(cfg: Config, layer: int, attend: Callable) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """down(relu(up(x))^2) (So et al., 2021)."""
+    """down(relu(up(x))^2) (So et al., 2021); the records since 549 square a leaky ReLU of slope 0.5."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
+        self.cfg = cfg
         tag = matrix_tag("mlp", cfg)
         self.fc = Proj(cfg.model.dim, cfg.model.hidden, tag)
         self.proj = Proj(cfg.model.hidden, cfg.model.dim, tag, zero=True)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
-        return Out(self.proj(F.relu(self.fc(x, ctx.phase)).square(), ctx.phase), NO_AUX)
+        h = self.fc(x, ctx.phase)
+        h = F.leaky_relu(h, self.cfg.model.slope) if self.cfg.model.slope else F.relu(h)
+        return Out(self.proj(h.square(), ctx.phase), NO_AUX)
 
 
 def make_ffn(cfg: Config, layer: int) -> nn.Module:
@@ -2907,8 +3224,73 @@ def make_ffn(cfg: Config, layer: int) -> nn.Module:
 
 
 # ======================================================================================
-# 13. Model -- one forward for training, validation, evaluation and whoever comes later
-# uses: Config Schedule World Kernels Storage Layers Mixers Feed-forward
+# 13. Memory -- what a token brings besides its embedding
+# uses: Config Storage Layers
+# ======================================================================================
+
+
+class Smear(nn.Module):
+    """e_t + lambda * sigmoid(w e_t[:window]) * e_(t-1), never over the start of a document (record 1855).
+
+    Without the mask the last token of one text leaks into the next (frontier trap 1).
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, cfg.attn.gate_window))
+        self.amount = nn.Parameter(torch.zeros(1))
+        self.tags = dict.fromkeys(("weight", "amount"), Tag(Half(), "scalar"))
+
+    def forward(self, e: Tensor, starts: Tensor) -> Tensor:  # (B,T,D), (B,T) bool
+        now, before = e[:, 1:], e[:, :-1]
+        gate = torch.sigmoid(F.linear(now[..., : self.weight.shape[1]], self.weight.to(e.dtype)))
+        gate = self.amount.to(e.dtype) * gate * ~starts[:, 1:, None]
+        return torch.cat([e[:, :1], now + gate * before], 1)
+
+
+class BigramHash(nn.Module):
+    """Rows of a table by hashed pairs of tokens, brought to the model's width (record 549).
+
+    The table begins at zero, the matrix does not: both at zero would never receive a gradient.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.table = Table(cfg.input.bigram_rows, cfg.input.bigram_dim, 0.0, cfg)
+        self.proj = Proj(cfg.input.bigram_dim, cfg.model.dim, matrix_tag("mlp", cfg))
+        self.amount = nn.Parameter(torch.full((1,), 0.05))
+        self.tags = {"amount": Tag(Half(), "scalar")}
+
+    def rows_of(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        """(B,T) -> (B,T): the pair's row; the last row is for tokens with nothing before them."""
+        last = self.table.weight.shape[0] - 1
+        before = F.pad(tokens[:, :-1], (1, 0))
+        return torch.where(starts, last, ((36313 * tokens) ^ (27191 * before)) % last)
+
+    def forward(self, ctx: Ctx, starts: Tensor, dtype: torch.dtype) -> Tensor:  # -> (B,T,D)
+        found = self.table(self.rows_of(ctx.tokens, starts), ctx.phase).to(dtype)
+        return self.amount.to(dtype) * self.proj(found, ctx.phase)
+
+
+class ValueTable(nn.Module):
+    """Values looked up by token, shared by the layers that read them (record 549)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        width = cfg.model.kv_heads * cfg.model.head_dim
+        self.table = Table(cfg.model.vocab, cfg.input.values_dim, 0.01, cfg)
+        self.proj = Proj(cfg.input.values_dim, width, matrix_tag("attn", cfg), zero=True)
+        self.amount = nn.Parameter(torch.full((1,), 0.1))
+        self.tags = {"amount": Tag(Half(), "scalar")}
+
+    def forward(self, ctx: Ctx, dtype: torch.dtype) -> Tensor:  # -> (B,T,G*K)
+        found = self.table(ctx.tokens, ctx.phase).to(dtype)
+        return self.amount.to(dtype) * self.proj(found, ctx.phase)
+
+
+# ======================================================================================
+# 14. Model -- one forward for training, validation, evaluation and whoever comes later
+# uses: Config Schedule World Kernels Storage Layers Mixers Feed-forward Memory
 # ======================================================================================
 
 
@@ -2938,23 +3320,91 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, attend: Callable) -> None:
         super().__init__()
+        self.cfg = cfg
         self.attn, self.mlp = make_mixer(cfg, layer, attend), make_ffn(cfg, layer)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model.dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model.dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model.dim), torch.zeros(cfg.model.dim)]))
         self.tags = dict.fromkeys(("attn_scale", "mlp_scale", "resid_mix"), Tag(Half(), "scalar"))
+        if cfg.residual.delta_gate:
+            self.delta_weight = nn.Parameter(torch.zeros(1, cfg.model.dim))
+            self.delta_bias = nn.Parameter(torch.full((1,), 2.0))
+            self.tags |= dict.fromkeys(("delta_weight", "delta_bias"), Tag(Half(), "scalar"))
 
     def forward(self, x: Tensor, x0: Tensor, ctx: Ctx) -> Out:  # (B,T,D) twice
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        a = self.attn(norm(x), ctx)
-        x = x + self.attn_scale.to(x.dtype) * a.y
-        m = self.mlp(norm(x), ctx)
-        return Out(x + self.mlp_scale.to(x.dtype) * m.y, add_aux(a.aux, m.aux))
+        start = mix[0] * x + mix[1] * x0
+        a = self.mixed(start, ctx)
+        x = start + a.y
+        m = self.fed(x, ctx)
+        x = x + m.y
+        if self.cfg.residual.delta_gate:
+            open_ = F.linear(start, self.delta_weight.to(x.dtype), self.delta_bias.to(x.dtype))
+            x = start + torch.sigmoid(open_) * (x - start)
+        return Out(x, add_aux(a.aux, m.aux), a.values)
+
+    def mixed(self, x: Tensor, ctx: Ctx) -> Out:
+        a = self.attn(self.entering(x, ctx), ctx)
+        return a._replace(y=self.attn_scale.to(x.dtype) * a.y)
+
+    def fed(self, x: Tensor, ctx: Ctx) -> Out:
+        m = self.mlp(self.entering(x, ctx), ctx)
+        return m._replace(y=self.mlp_scale.to(x.dtype) * m.y)
+
+    def entering(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return norm(x) * ctx.scale if self.cfg.residual.ln_scale else norm(x)
+
+
+class LaneBlock(Block):
+    """Mixer and feed-forward side by side, each reading its own lane, both writing to both (frontier 2.9)."""
+
+    def forward(self, x: Tensor, x0: Tensor, ctx: Ctx) -> Out:  # (2,B,T,D), (B,T,D)
+        mix = self.resid_mix.to(x.dtype)
+        a = self.mixed(mix[0] * x[0] + mix[1] * x0, ctx)
+        m = self.fed(x[1], ctx)
+        goes_on, takes_in = (t.to(x.dtype)[..., None, None, None] for t in ctx.lanes)
+        x = goes_on * x + takes_in[0] * a.y + takes_in[1] * m.y
+        return Out(x, add_aux(a.aux, m.aux), a.values)
+
+
+def make_block(cfg: Config, layer: int, attend: Callable) -> Block:
+    """The one place where a layer's form is chosen."""
+    if cfg.residual.lanes_on and layer >= cfg.lanes_start:
+        return LaneBlock(cfg, layer, attend)
+    return Block(cfg, layer, attend)
+
+
+class Ahead(nn.Module):
+    """Heads for the tokens after the next one; they shape the hidden states and do not ship (record 549)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        tag = Tag(Absent(), "head", "none")
+        self.heads = nn.ModuleList(
+            Proj(cfg.model.dim, cfg.model.vocab, tag, zero=True) for _ in range(cfg.ahead.heads)
+        )
+
+    def forward(self, hidden: Tensor, targets: Tensor, docs: Tensor | None, fast: bool) -> Tensor:
+        """Sum of the nats of all targets 2, 3, ... tokens ahead inside the segment, over heads times B*T."""
+        found, loss = segment_numbers(targets, docs), 0.0
+        for k, head in enumerate(self.heads, 1):
+            near, far = hidden[:, :-k].flatten(0, 1), targets[:, k:].flatten()
+            nll = softcapped_nll(near, head.weight, far, self.cfg.model.softcap, fast)
+            loss = loss + (nll * (found[:, :-k] == found[:, k:]).flatten()).sum()
+        return loss / (targets.numel() * len(self.heads))
+
+
+def segment_numbers(tokens: Tensor, docs: Tensor | None) -> Tensor:
+    """(B,T) -> (B,T): which segment each position belongs to; all the same where there is none."""
+    if docs is None:
+        return torch.zeros_like(tokens)
+    at = torch.arange(tokens.numel(), dtype=docs.dtype, device=docs.device)
+    return torch.searchsorted(docs, at, right=True).view_as(tokens)
 
 
 class GPT(nn.Module):
-    """The naive baseline's transformer (frontier 2.12), with optional depth recurrence."""
+    """The transformer of the challenge: the naive baseline's (frontier 2.12) and, by knobs, the records'."""
 
     def __init__(self, cfg: Config, world: World) -> None:
         super().__init__()
@@ -2964,14 +3414,30 @@ class GPT(nn.Module):
             world.device, world.dtype, world.compiling, cfg.data.packing, gpu
         )
         self.embed = Embed(cfg, world.dtype)
-        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.model.layers))
+        self.blocks = nn.ModuleList(make_block(cfg, i, attend) for i in range(cfg.model.layers))
         skips = max(layer_plan(cfg, n).skips for n in (0, cfg.loop.count))
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model.dim))
         self.tags = {"skip_weights": Tag(Half(), "scalar")}
+        if cfg.residual.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model.dim))
+            self.tags["skip_gates"] = Tag(Half(), "scalar")
+        if cfg.residual.lanes_on:  # a row for every layer, as published; one-lane layers leave theirs alone
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((cfg.model.layers, 2), 1.1))
+            self.parallel_post_lambdas = nn.Parameter(torch.ones(cfg.model.layers, 2, 2))
+            names = ("parallel_resid_lambdas", "parallel_post_lambdas")
+            self.tags |= dict.fromkeys(names, Tag(Half(), "scalar"))
+        if cfg.input.smear:
+            self.smear = Smear(cfg)
+        if cfg.input.bigram_on:
+            self.bigram = BigramHash(cfg)
+        if cfg.input.values:
+            self.value_table = ValueTable(cfg)
         if not cfg.model.tied:
             self.head = Proj(
                 cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True
             )
+        if cfg.ahead.on:
+            self.ahead = Ahead(cfg)
 
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
@@ -2985,23 +3451,68 @@ class GPT(nn.Module):
 
     def hidden(self, ctx: Ctx) -> Out:
         """Embed, go down the encoder, come up the decoder with skips, normalise: (B,T) -> (B,T,D)."""
-        x0 = norm(self.embed(ctx))
+        x0 = self.enter(ctx)
         x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
-        if (
-            self.cfg.data.packing and ctx.docs is not None
-        ):  # as many boundaries as documents: the one shape that varies
-            torch._dynamo.mark_dynamic(ctx.docs, 0)
-        ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.model.head_dim, self.cfg.model.rope_base, x))
-        plan, kept, aux = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX
+        plan, kept, aux, ctx = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX, self.filled(ctx, x)
         for layer in plan.encoder:
-            x, more = self.blocks[layer](x, x0, ctx)
-            kept, aux = [*kept, x], add_aux(aux, more)
+            out, ctx = self.visit(layer, x, x0, ctx)
+            x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
         for j, layer in enumerate(plan.decoder):
+            if self.cfg.residual.lanes_on and layer == self.cfg.lanes_start:
+                x = torch.stack([x, x])
             if j < plan.skips:
-                x = x + self.skip_weights[j].to(x.dtype) * kept[-1 - j]
-            x, more = self.blocks[layer](x, x0, ctx)
-            aux = add_aux(aux, more)
-        return Out(norm(x), aux)
+                x = self.skip(j, x, kept[-1 - j])
+            out, ctx = self.visit(layer, x, x0, ctx)
+            x, aux = out.y, add_aux(aux, out.aux)
+        return Out(norm(self.read_out(x) if self.cfg.residual.lanes_on else x), aux)
+
+    def enter(self, ctx: Ctx) -> Tensor:
+        """(B,T) -> (B,T,D), normalised."""
+        e = self.embed(ctx)
+        if self.cfg.input.bigram_on:
+            e = e + self.bigram(ctx, starts_of(ctx), e.dtype)
+        if self.cfg.input.smear:
+            e = self.smear(e, starts_of(ctx))
+        return norm(e)
+
+    def filled(self, ctx: Ctx, x: Tensor) -> Ctx:
+        """With what all blocks read alike."""
+        if self.cfg.data.packing and ctx.docs is not None:  # the one shape that varies is their number
+            torch._dynamo.mark_dynamic(ctx.docs, 0)
+        base = self.cfg.model.rope_base
+        if self.cfg.attn.rope_ntk and ctx.longest > self.cfg.data.seq_len:
+            stretch = ctx.longest / self.cfg.data.seq_len
+            base = base * stretch ** (self.cfg.rope_dims / (self.cfg.rope_dims - 2))
+        ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.rope_dims, base, x))
+        return ctx._replace(table=self.value_table(ctx, x.dtype)) if self.cfg.input.values else ctx
+
+    def visit(self, layer: int, x: Tensor, x0: Tensor, ctx: Ctx) -> tuple[Out, Ctx]:
+        """One block, told its own scalars as tensors: as numbers each would be a graph of its own."""
+        if self.cfg.residual.ln_scale:
+            ctx = ctx._replace(scale=x.new_full((), (layer + 1) ** -0.5))
+        if self.cfg.residual.lanes_on and layer >= self.cfg.lanes_start:
+            lanes = (self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer])
+            ctx = ctx._replace(lanes=lanes)
+        out = self.blocks[layer](x, x0, ctx)
+        if self.cfg.attn.value_residual and ctx.first is None:
+            ctx = ctx._replace(first=out.values)
+        return out, ctx
+
+    def skip(self, j: int, x: Tensor, kept: Tensor) -> Tensor:
+        """x with the encoder's output of the j-th decoder step; where there are lanes, on the first one."""
+        s = self.skip_weights[j].to(kept.dtype) * kept
+        own = x[0] if self.cfg.residual.lanes_on and x.ndim == 4 else x
+        if self.cfg.residual.skip_gates:
+            own = torch.lerp(s, own, torch.sigmoid(self.skip_gates[j]).to(s.dtype))
+        else:
+            own = own + s
+        return torch.stack([own, x[1]]) if self.cfg.residual.lanes_on and x.ndim == 4 else own
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Of two lanes (2,B,T,D) their mean or one of them."""
+        if self.cfg.residual.final_lane == "mean":
+            return x.mean(0)
+        return x[0] if self.cfg.residual.final_lane == "attn" else x[1]
 
 
 def make_model(cfg: Config, world: World) -> GPT:
@@ -3010,7 +3521,18 @@ def make_model(cfg: Config, world: World) -> GPT:
     Weights are drawn on the CPU, in order of declaration.
     """
     torch.manual_seed(cfg.budget.seed)
-    return GPT(cfg, world).to(world.device)
+    model = GPT(cfg, world)
+    if cfg.model.init == "orthogonal":
+        start_orthogonal(model)
+    return model.to(world.device)
+
+
+@torch.no_grad()
+def start_orthogonal(model: GPT) -> None:
+    """Orthogonal matrices of gain 1 wherever a projection does not begin at zero (frontier 2.1)."""
+    for proj in (m for m in model.modules() if isinstance(m, Proj)):
+        if proj.weight.any():
+            nn.init.orthogonal_(proj.weight)
 
 
 def empty_model(cfg: Config, world: World) -> GPT:
@@ -3080,15 +3602,14 @@ def make_fast(model: GPT, world: World) -> GPT:
 def probe(cfg: Config, world: World, dtype: torch.dtype, compiling: bool) -> float:
     """Seconds for forward and backward of one block at the run's own micro-batch, best of two."""
     trial = dataclasses.replace(world, dtype=dtype, compiling=compiling)
-    block = make_fast(make_model(cfg, trial), trial).blocks[0]
+    model = make_fast(make_model(cfg, trial), trial)
     tokens = torch.zeros(max(1, 2048 // cfg.data.seq_len), cfg.data.seq_len, dtype=torch.int64)
     x = torch.randn(*tokens.shape, cfg.model.dim, dtype=dtype, requires_grad=True)
-    rope = rope_table(tokens.shape[1], cfg.model.head_dim, cfg.model.rope_base, x)
-    ctx, seconds = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg), rope), []
+    ctx, seconds = model.filled(Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg)), x), []
     deadline = time.perf_counter() + 0.5 + 60 * compiling
     for trial_number in range(4):
         begin = time.perf_counter()
-        block(x, x, ctx).y.float().square().mean().backward()
+        model.visit(0, x, x, ctx)[0].y.float().square().mean().backward()
         seconds.append(time.perf_counter() - begin)
         if trial_number and time.perf_counter() > deadline:
             break
@@ -3133,7 +3654,7 @@ def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -
 
 
 # ======================================================================================
-# 14. Objective -- weighted sum of losses by name
+# 15. Objective -- weighted sum of losses by name
 # uses: Config Data Layers Model Schedule
 # ======================================================================================
 
@@ -3141,19 +3662,21 @@ def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -
 @of_config
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
-    return {"nll": 1.0}
+    return {"nll": 1.0, "ahead": cfg.ahead.weight}
 
 
 def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """(total, unweighted terms): means over the batch, in nats per token where they are likelihoods."""
     nll, out = model(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, phase), batch.targets)
     terms = {"nll": nll.mean(), **out.aux}
+    if cfg.ahead.on:
+        terms["ahead"] = model.ahead(out.y, batch.targets, batch.docs, model.fast)
     weights = loss_weights(cfg)
     return sum(weights[name] * loss for name, loss in terms.items()), terms
 
 
 # ======================================================================================
-# 15. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
+# 16. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
 # uses: Config Schedule World Model
 # ======================================================================================
 
@@ -3325,7 +3848,7 @@ def clip_gradients(model: GPT, norm: Tensor, limit: float) -> None:
 
 
 # ======================================================================================
-# 16. Checkpoint -- two generations, each complete or absent; nothing is unpickled
+# 17. Checkpoint -- two generations, each complete or absent; nothing is unpickled
 # uses: Config Journal Storage
 # ======================================================================================
 
@@ -3464,7 +3987,7 @@ def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
 
 
 # ======================================================================================
-# 17. Calibrate -- what every matrix sees, from training text, inside the training clock
+# 18. Calibrate -- what every matrix sees, from training text, inside the training clock
 # uses: Config Schedule World Clock Data Storage Layers Model
 # ======================================================================================
 
@@ -3543,7 +4066,7 @@ def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> f
 
 
 # ======================================================================================
-# 18. Train -- under rank 0's clock, and never past it
+# 19. Train -- under rank 0's clock, and never past it
 # uses: Config Schedule World Clock Data Model Objective Optimizer Checkpoint Calibrate
 # ======================================================================================
 
@@ -3831,13 +4354,25 @@ def report(t: Trainer, r: Report) -> None:
 
 
 # ======================================================================================
-# 19. Export -- every parameter ships as its tag says, in one file that explains itself
+# 20. Export -- every parameter ships as its tag says, in one file that explains itself
 # uses: Config Journal World Storage Coding Model
 # ======================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
-SHAPE_SECTIONS = ("model", "loop", "export")  # whose knobs decide the forward, with the four below
+SHAPE_SECTIONS = (
+    "model",
+    "loop",
+    "attn",
+    "residual",
+    "input",
+    "ahead",
+    "export",
+)  # whose knobs decide the forward, with the four below
 MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
+START_KNOBS = (  # of those sections, what matters to a model that is trained from the start alone
+    "MATRIX_INIT", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT", "GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD",
+    "ENABLE_LOOPING_AT", "MTP_LOSS_WEIGHT",
+)  # fmt: skip
 SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
 
@@ -3853,15 +4388,15 @@ class Artifact(NamedTuple):
 def shape_knobs(cfg: Config) -> dict[str, str]:
     """The knobs that decide what the weights mean, where they differ from their defaults.
 
-    Raises UserError when they do not fit the artifact's header.
+    Raises UserError when they do not fit the artifact's header, compressed.
     """
     section = {env: name for env, (name, _) in all_knobs().items()}
     knobs = {
         env: text
         for env, text in changed_knobs(cfg).items()
-        if section[env] in SHAPE_SECTIONS or env in SHAPE_KNOBS
+        if (section[env] in SHAPE_SECTIONS and env not in START_KNOBS) or env in SHAPE_KNOBS
     }
-    size = len(json.dumps(knobs))
+    size = len(squeeze(json.dumps(knobs).encode()))
     if size > 400:
         raise UserError(
             f"the artifact has 400 bytes for the knobs of its shape, these take {size}: {' '.join(knobs)}; "
@@ -4204,7 +4739,7 @@ def scheme(cfg: Config) -> str:
 
 
 # ======================================================================================
-# 20. Evaluate -- every target exactly once; bits per byte
+# 21. Evaluate -- every target exactly once; bits per byte
 # uses: Config Schedule Journal World Data Kernels Layers Model Export
 # ======================================================================================
 
@@ -4363,7 +4898,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, cfg: Config, world: World) -> 
 
 
 # ======================================================================================
-# 21. Report -- what a run says of itself: log header, forecast, results.json, last table
+# 22. Report -- what a run says of itself: log header, forecast, results.json, last table
 # uses: Config Journal World Data Model Train Export Evaluate
 # ======================================================================================
 
@@ -4558,7 +5093,7 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 
 # ======================================================================================
-# 22. Main -- the story on one page
+# 23. Main -- the story on one page
 # uses: Config Schedule Journal World Clock Data Model Calibrate Train Export Evaluate Report
 # ======================================================================================
 

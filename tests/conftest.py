@@ -35,7 +35,7 @@ GROUPS = {
     ),
     "builder": (300, "submission"),
     "kernels": (180, "kernels storage coding bitpacking"),
-    "models": (180, "layers mixers feedforward memory model optimizer train objective compile ranks"),
+    "models": (180, "features model optimizer train objective compile ranks"),
     "evaluation": (180, "export calibrate evaluate output causality legality"),
     "distillation": (120, "teachers distillation"),
     "records": (120, "records readme audit sweep"),

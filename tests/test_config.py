@@ -250,7 +250,8 @@ def values(f: dataclasses.Field) -> st.SearchStrategy:
 BOUND = {  # by a rule that spans knobs
     "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END",
     "TRAIN_BATCH_TOKENS", "TRAIN_SPANS", "TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SCORE", "RESUME",
-    "SAMPLE",
+    "SAMPLE", "ROPE_DIMS", "ROPE_YARN", "GATE_WINDOW", "VE_LAYERS", "BIGRAM_VOCAB_SIZE",
+    "PARALLEL_START_LAYER",
 }  # fmt: skip
 FREE = sorted(set(KNOBS) - BOUND)
 
@@ -264,6 +265,9 @@ def environments(draw) -> dict[str, str]:
     sizes |= {"NUM_LAYERS": draw(st.integers(6, 20)), "NUM_LOOPS": draw(st.integers(0, 3))}
     length, spans = draw(st.integers(64, 256)), draw(st.integers(1, 9))
     sizes |= {"TRAIN_SEQ_LEN": length, "TRAIN_SPANS": spans, "TRAIN_BATCH_TOKENS": length * spans * 3}
+    sizes |= {"GATE_WINDOW": draw(st.integers(1, 2)), "VE_LAYERS": draw(st.sampled_from(["", "1", "0, 5"]))}
+    sizes |= {"PARALLEL_START_LAYER": draw(st.sampled_from([0, sizes["NUM_LAYERS"] - 1]))}
+    sizes |= {"ROPE_DIMS": 2 * draw(st.integers(0, pairs)), "BIGRAM_VOCAB_SIZE": 2 * draw(st.integers(0, 9))}
     return env | texts(sizes) | {"MLP_MULT": repr(draw(st.floats(1, 8)))}
 
 
@@ -389,3 +393,21 @@ def test_published_command_line_runs_at_reduced_size(toy_data, tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "runs/baseline_sp1024/model.ptz").exists()
     assert "warning" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "data", "tokenizer"),
+    [
+        ({}, "d/datasets/fineweb10B_sp1024", "d/tokenizers/fineweb_1024_bpe.model"),
+        ({"VOCAB_SIZE": "8192"}, "d/datasets/fineweb10B_sp8192", "d/tokenizers/fineweb_8192_bpe.model"),
+        ({"DATA_PATH": "here"}, "here", "d/tokenizers/fineweb_1024_bpe.model"),
+        ({"TOKENIZER_PATH": "here"}, "d/datasets/fineweb10B_sp1024", "here"),
+    ],
+)
+def test_published_folder_leads_to_shards_and_tokenizer(env, data, tokenizer):
+    cfg = read_config({"DATA_DIR": "./d", **env})
+    assert (cfg.run.data, cfg.run.tokenizer) == (data, tokenizer)
+
+
+def test_published_values_that_we_call_otherwise():
+    assert read_config({"COMPRESSOR": "pergroup"}).size.compressor == "auto"

@@ -136,26 +136,31 @@ def test_knobs_of_the_artifact_rebuild_its_model(tmp_path, knobs):
 
 
 def test_only_knobs_that_decide_the_forward_are_kept():
-    cfg = config(SEED=7, MATRIX_LR=0.5, RUN_ID="x")
+    cfg = config(SEED=7, MATRIX_LR=0.5, RUN_ID="x", MATRIX_INIT="orthogonal", QK_GAIN_INIT=5)
     sections = {env: section for env, (section, _) in all_knobs().items()}
     kept = set(shape_knobs(cfg))
     assert kept >= {"NUM_LAYERS", "MODEL_DIM", "TRAIN_SEQ_LEN"}
     assert all(sections[env] in SHAPE_SECTIONS or env in SHAPE_KNOBS for env in kept)
+    assert not kept & {"MATRIX_INIT", "QK_GAIN_INIT"}, "what the weights began with is in them"
 
 
-RECORD = {  # record 1855's shape, as far as there are knobs for it
+RECORD = {  # record 1855's shape
     "VOCAB_SIZE": "8192", "NUM_LAYERS": "11", "MLP_MULT": "4.0", "QK_GAIN_INIT": "5.0", "NUM_LOOPS": "2",
     "TRAIN_SEQ_LEN": "2048", "EVAL_SEQ_LEN": "2048", "DOC_PACKING": "1", "TIED_EMBED_INIT_STD": "0.01",
     "MATRIX_BITS": "6", "EMBED_BITS": "8", "INT8_CLIP_PERCENTILE": "99.99984", "ROW_SCALE_FLOOR": "0.007874",
+    "MLP_NEGATIVE_SLOPE": "0.5", "MATRIX_INIT": "orthogonal", "ROPE_DIMS": "16", "XSA_LAST_N": "11",
+    "LN_SCALE": "1", "SKIP_GATES_ENABLED": "1", "PARALLEL_START_LAYER": "8", "SPARSE_ATTN_GATE_ENABLED": "1",
+    "SPARSE_ATTN_GATE_SCALE": "0.5", "GATED_ATTN_QUANT_GATE": "1", "SMEAR_GATE_ENABLED": "1",
+    "LQER_ENABLED": "1",
 }  # fmt: skip
 
 
 def test_header_of_a_record_is_within_its_400_bytes():
     cfg = read_config(RECORD)
-    assert len(json.dumps(shape_knobs(cfg))) <= 400
-    small = read_config(
-        RECORD | {"MODEL_DIM": "16", "VOCAB_SIZE": "320", "NUM_LAYERS": "6", "MLP_MULT": "1.5"}
-    )
+    assert len(train_gpt.squeeze(json.dumps(shape_knobs(cfg)).encode())) <= 400
+    sizes = {"MODEL_DIM": "16", "VOCAB_SIZE": "320", "NUM_LAYERS": "7", "MLP_MULT": "1.5", "ROPE_DIMS": "2"}
+    sizes["PARALLEL_START_LAYER"] = "6"
+    small = read_config(RECORD | sizes)
     header, _ = read_artifact_header(blob_of(make_model(small, lone()), small), "the artifact")
     assert header["knobs"] == shape_knobs(small)
 
@@ -168,6 +173,11 @@ def test_too_many_shape_knobs_are_refused_before_training(tmp_path, toy_data):
         "QK_GAIN_INIT": 1.5123456789012345, "NUM_LOOPS": 1, "LOOP_START": 0,
         "LOOP_END": 1, "ENABLE_LOOPING_AT": 0.3512345678901234, "INT8_CLIP_PERCENTILE": 99.9998412345678,
         "ROW_SCALE_FLOOR": 0.00787401574803149, "EVAL_SEQ_LEN": 16, "DOC_PACKING": 1,
+        "MLP_NEGATIVE_SLOPE": 0.51728394650172839, "ROPE_DIMS": 4, "ROPE_YARN": 1, "XSA_LAST_N": 2,
+        "GATED_ATTN_ENABLED": 1, "ATTN_OUT_GATE_ENABLED": 1, "ATTN_OUT_GATE_SRC": "q", "GATED_ATTENTION": 1,
+        "SPARSE_ATTN_GATE_ENABLED": 1, "SPARSE_ATTN_GATE_SCALE": 0.70710678118654752,
+        "VALUE_RESIDUAL": 1, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1, "PARALLEL_START_LAYER": 2,
+        "PARALLEL_FINAL_LANE": "attn", "DTG_ENABLED": 1, "SMEAR_GATE_ENABLED": 1, "BIGRAM_VOCAB_SIZE": 64,
     }  # fmt: skip
     run = try_here(tmp_path, toy_data, **shape)
     assert "400 bytes" in run.error

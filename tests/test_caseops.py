@@ -613,3 +613,10 @@ def test_documents_want_a_bos_in_the_validation_split(tmp_path):
     with pytest.raises(UserError, match=r"000000.bin holds no BOS token \(id 1\)"):
         Validation(packing, plain)
     assert Validation(stream, plain).targets == 49
+
+
+def test_published_folder_leads_to_caseops_shards():
+    cfg = read_config({"DATA_DIR": "d", "VOCAB_SIZE": "8192", "CASEOPS_ENABLED": "1"})
+    root, kind = "d/datasets/fineweb10B_sp8192_caseops/datasets", "lossless_caps_caseops_v1_reserved"
+    assert cfg.run.data == f"{root}/datasets/fineweb10B_sp8192_{kind}"
+    assert cfg.run.tokenizer == f"{root}/tokenizers/fineweb_8192_bpe_{kind}.model"

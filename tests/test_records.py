@@ -1,5 +1,6 @@
 """Records: every recipe parses and builds, every table is what its raw lines say."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -9,8 +10,9 @@ import sys
 import pytest
 import torch
 
+import build_submission as builder
 import train_gpt
-from conftest import ROOT, read_env
+from conftest import ROOT, read_env, run_program, torchrun
 
 RECORDS = sorted(p.parent for p in (ROOT / "records").glob("*/env"))
 TABLES = {  # records/bench/<name>.md -> the program that writes it, or what records/sweep.py reads
@@ -161,3 +163,26 @@ def test_a_typed_number_is_noticed():
     rows = raw_rows("cpu_train")
     rows[-1]["ms"]["ours"] += 100
     assert module(TABLES["cpu_train"]).render(rows) != (ROOT / "records/bench/cpu_train.md").read_text()
+
+
+# --------------------------------------------------------------------------------------
+# The recipes at small sizes
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["r1855", "r1886"])
+def test_small_recipe_trains_ships_and_scores_on_one_and_two_ranks(name, tmp_path):
+    tiny = builder.tiny_twin(builder.make_recipe(read_env(ROOT / f"records/{name}/env")))
+    data = builder.make_toy_data(tmp_path / "toy", tiny.cfg.data.caseops)
+    scores = {}
+    for ranks, run in ((1, run_program), (2, functools.partial(torchrun, 2))):
+        folder = tmp_path / f"{ranks}"
+        plain = {"RUN_DIR": str(folder), "COMPILE": "0", "DTYPE": "float32"}
+        done = run(env=tiny.env | data | plain)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["world_size"], results["steps"], results["skipped_steps"]) == (ranks, 6, 0)
+        assert results["bytes"]["model"] == (folder / "model.ptz").stat().st_size
+        scores[ranks] = results["scores"]["roundtrip"]
+    assert abs(scores[1]["val_bpb"] - scores[2]["val_bpb"]) < 0.01 * scores[1]["val_bpb"]
+    assert scores[1]["tokens"] == scores[2]["tokens"] and scores[1]["bytes"] == scores[2]["bytes"]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import build_submission as builder
 import train_gpt
-from conftest import tiny_env
+from conftest import ROOT, read_env, tiny_env
 from test_model import config, lone, nats, packed_nats, scrambled, tokens_of
 from train_gpt import Batch, Config, Ctx, final_phase, make_model, objective, packed, param_tags, read_config
 
@@ -41,6 +42,8 @@ STACK = {  # record 1855's model, and besides what earlier records had
 }
 EVERYTHING = {name: value for knobs in FEATURES.values() for name, value in knobs.items()}
 PROFILES = {**FEATURES, "record stack": STACK, "everything": EVERYTHING}
+RECORDS = {path.parent.name: read_env(path) for path in sorted((ROOT / "records").glob("*/env"))}
+PROFILES |= {name: builder.tiny_twin(builder.make_recipe(env)).env for name, env in RECORDS.items()}
 
 
 def batch_of(cfg: Config, rows: int = 2) -> Batch:
@@ -127,15 +130,17 @@ def test_compiled_model_is_the_eager_one_and_its_gates_learn(name):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_no_token_moves_what_was_predicted_before_it(name):
+@torch.no_grad()
+def test_no_token_moves_what_is_predicted_before_it(name):
+    """Hidden states, not nats: those of a target that leaks into its own prediction would change anyway."""
     cfg = config(**PROFILES[name])
-    model, tokens = scrambled(cfg), tokens_of(1, 33, cfg)
-    whole = nats(model, tokens[:, :-1], tokens[:, 1:])
+    model, tokens = scrambled(cfg), tokens_of(1, 32, cfg)
+    whole = model.hidden(Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg))).y
     for at in (1, 2, 15, 31):
         other = tokens.clone()
-        other[:, at:] = tokens_of(1, 33 - at, cfg, seed=at)
-        found = nats(model, other[:, :-1], other[:, 1:])
-        assert torch.equal(found[:, : at - 1], whole[:, : at - 1])
+        other[:, at:] = tokens_of(1, 32 - at, cfg, seed=at)
+        found = model.hidden(Ctx(other, None, cfg.data.seq_len, final_phase(cfg))).y
+        assert torch.equal(found[:, :at], whole[:, :at])
         assert not torch.equal(found[:, at:], whole[:, at:])
 
 
@@ -151,6 +156,26 @@ def test_no_prefix_is_scored_otherwise_for_what_follows(name):
     assert worst < 1e-10, worst
 
 
+@pytest.mark.parametrize("leak", [1e-3, 0.0])
+def test_planted_leak_is_noticed_by_both_tests(leak, monkeypatch):
+    """A thousandth of the next token's embedding, mixed into every token's."""
+    embed = train_gpt.Embed.forward
+    monkeypatch.setattr(train_gpt.Embed, "forward", lambda self, ctx: leaky(embed(self, ctx), leak))
+    for test in (
+        test_no_token_moves_what_is_predicted_before_it,
+        test_no_prefix_is_scored_otherwise_for_what_follows,
+    ):
+        if leak:
+            with pytest.raises(AssertionError):
+                test("record stack")
+        else:
+            test("record stack")
+
+
+def leaky(e: torch.Tensor, leak: float) -> torch.Tensor:
+    return e + leak * torch.cat([e[:, 1:], torch.zeros_like(e[:, :1])], 1)
+
+
 def documents_of(cfg: Config, changed: int | None = None) -> list:
     """Four documents, each from BOS on; one of them with other words."""
     texts = []
@@ -162,7 +187,7 @@ def documents_of(cfg: Config, changed: int | None = None) -> list:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_changed_document_moves_no_other(name):
-    cfg = config(**PROFILES[name], DOC_PACKING=1)
+    cfg = config(**PROFILES[name] | {"DOC_PACKING": 1})
     model = scrambled(cfg)
     whole = packed_nats(model, documents_of(cfg))
     for i in range(4):
@@ -174,7 +199,7 @@ def test_changed_document_moves_no_other(name):
 @pytest.mark.parametrize("name", ["record stack", "everything"])
 def test_document_in_a_pack_is_scored_as_alone(name):
     """To the rounding of the rotary angles, which are float32 and grow with the position in the pack."""
-    cfg = config(**PROFILES[name], DOC_PACKING=1)
+    cfg = config(**PROFILES[name] | {"DOC_PACKING": 1})
     model = scrambled(cfg, torch.float64).double()
     texts = documents_of(cfg)
     for together, text in zip(packed_nats(model, texts), texts, strict=True):

@@ -1854,7 +1854,7 @@ def segment_operator(tiled: bool, /) -> Callable:
 
     @torch.library.custom_op(f"golf::attend_segments{'_tiled' * tiled}_grad", mutates_args=())
     def grads(g: Tensor, qkv: list[Tensor], y: Tensor, lse: Tensor, docs: Tensor) -> list[Tensor]:
-        if tiled:
+        if tiled and not FOLDED:
             return segment_gradients(g, qkv, y, lse, docs)
         found = []
         for a, b in segments(docs):
@@ -2139,11 +2139,13 @@ def segment_attention(half: bool, compiling: bool, choice: str) -> tuple[str, Ca
 
 def host_attention(device: torch.device, blocked: bool, packing: bool, choice: str) -> tuple[str, Callable]:
     """Attention on a CPU; in float32 torch's backward is as good as ours by blocks. Raises UserError."""
-    if device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
+    if not FOLDED and device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
         inside = attend_segments_ref if packing else None
         return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
     if choice not in {"auto", "sdpa"}:
         raise no_attention(choice, device)
+    if FOLDED:  # on a CPU a built program runs for its proof alone, uncompiled unless told
+        return "sdpa", functools.partial(attend_sdpa, (sdpa, segment_operator(False) if packing else None))
     blocked = blocked and choice == "auto"
     kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
     return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
@@ -3816,6 +3818,8 @@ def choose_speed(cfg: Config, world: World) -> World:
 
 def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -> tuple[str, bool]:
     """(dtype name, compile or not) for this CPU. Without a C++ compiler there is nothing to compile with."""
+    if FOLDED and cfg.compute.compiling != "1":
+        return ("bfloat16" if cfg.compute.dtype == "bfloat16" else "float32"), False
     kinds = [cfg.compute.dtype] if cfg.compute.dtype != "auto" else list(dtypes)
     modes = [cfg.compute.compiling == "1"] if cfg.compute.compiling != "auto" else [False, True]
     if True in modes and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):

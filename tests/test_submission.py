@@ -355,7 +355,7 @@ MUTANTS = {  # name: (text of the folded program, what stands in its place)
     "a comparison": ("if j < plan.skips", "if j <= plan.skips"),
     "operands": ("a * cos + b * sin, b * cos - a * sin", "b * cos - a * sin, a * cos + b * sin"),
     "a default": ("zero: bool=False", "zero: bool=True"),
-    "an argument": ("torch.where(ok, new, old)", "torch.where(ok, old, new)"),
+    "an argument": ("torch.where(ok, new, stack.momentum,", "torch.where(ok, stack.momentum, new,"),
     "the order of statements": ("q, k = (rotate(norm(q), ctx.rope), rotate(norm(k), ctx.rope))", "pass"),
 }
 

@@ -2139,7 +2139,7 @@ def segment_attention(half: bool, compiling: bool, choice: str) -> tuple[str, Ca
 
 def host_attention(device: torch.device, blocked: bool, packing: bool, choice: str) -> tuple[str, Callable]:
     """Attention on a CPU; in float32 torch's backward is as good as ours by blocks. Raises UserError."""
-    if not FOLDED and device.type == "meta":  # a forecast of memory: flash kernels all keep the same five tensors
+    if not FOLDED and device.type == "meta":  # a forecast: flash kernels all keep the same five tensors
         inside = attend_segments_ref if packing else None
         return "forecast", functools.partial(attend_sdpa, (BlockedAttention.apply, inside))
     if choice not in {"auto", "sdpa"}:

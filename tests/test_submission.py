@@ -356,7 +356,7 @@ MUTANTS = {  # name: (text of the folded program, what stands in its place)
     "operands": ("a * cos + b * sin, b * cos - a * sin", "b * cos - a * sin, a * cos + b * sin"),
     "a default": ("zero: bool=False", "zero: bool=True"),
     "an argument": ("torch.where(ok, new, stack.momentum,", "torch.where(ok, stack.momentum, new,"),
-    "the order of statements": ("q, k = (rotate(norm(q), ctx.rope), rotate(norm(k), ctx.rope))", "pass"),
+    "a step left out": ("rotate(norm(t.view(heads)), ctx.rope)", "norm(t.view(heads))"),
 }
 
 

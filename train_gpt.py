@@ -2145,10 +2145,14 @@ def host_attention(device: torch.device, blocked: bool, packing: bool, choice: s
     if choice not in {"auto", "sdpa"}:
         raise no_attention(choice, device)
     if FOLDED:  # on a CPU a built program runs for its proof alone, uncompiled unless told
-        return "sdpa", functools.partial(attend_sdpa, (sdpa, segment_operator(False) if packing else None))
+        return "sdpa", functools.partial(attend_sdpa, (sdpa, wanted_operator(False, packing)))
     blocked = blocked and choice == "auto"
-    kernels = (attend_blocked if blocked else sdpa, segment_operator(blocked) if packing else None)
+    kernels = (attend_blocked if blocked else sdpa, wanted_operator(blocked, packing))
     return "sdpa-blocked" if blocked else "sdpa", functools.partial(attend_sdpa, kernels)
+
+
+def wanted_operator(tiled: bool, packing: bool) -> Callable | None:
+    return segment_operator(tiled) if packing else None
 
 
 def varlen_options(varlen: Callable) -> dict:
@@ -3812,14 +3816,14 @@ def choose_speed(cfg: Config, world: World) -> World:
             world.log("dtype:float32 this device has no bfloat16 arithmetic (compute capability below 8.0)")
         dtype = torch.float32 if old else dtypes.get(cfg.compute.dtype, torch.bfloat16)
         return dataclasses.replace(world, dtype=dtype, compiling=cfg.compute.compiling != "0")
+    if FOLDED and cfg.compute.compiling != "1":  # a built program runs here for its proof alone
+        return dataclasses.replace(world, dtype=dtypes.get(cfg.compute.dtype, torch.float32), compiling=False)
     choice = world.share(lambda: measured_choice(cfg, world, dtypes))
     return dataclasses.replace(world, dtype=dtypes[choice[0]], compiling=choice[1])
 
 
 def measured_choice(cfg: Config, world: World, dtypes: dict[str, torch.dtype]) -> tuple[str, bool]:
     """(dtype name, compile or not) for this CPU. Without a C++ compiler there is nothing to compile with."""
-    if FOLDED and cfg.compute.compiling != "1":
-        return ("bfloat16" if cfg.compute.dtype == "bfloat16" else "float32"), False
     kinds = [cfg.compute.dtype] if cfg.compute.dtype != "auto" else list(dtypes)
     modes = [cfg.compute.compiling == "1"] if cfg.compute.compiling != "auto" else [False, True]
     if True in modes and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):

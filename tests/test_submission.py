@@ -181,7 +181,8 @@ def test_source_of_functions_and_classes_is_found_in_the_packed_program(unpacked
     assert inspect.getsource(unpacked.knob_values).startswith("def knob_values(")
     made = [x for x in vars(unpacked).values() if getattr(x, "__module__", "") == unpacked.__name__]
     classes = [x for x in made if inspect.isclass(x)]
-    assert len(classes) > 20 and all(inspect.getsource(x) in text for x in classes)
+    assert len(classes) > 20  # finding one takes a fifth of a second
+    assert all(inspect.getsource(x) in text for x in random.Random(0).sample(classes, 6))
 
 
 def test_packed_program_runs_on_two_ranks(built, toy_data, tmp_path):
@@ -532,9 +533,9 @@ def test_first_line_that_differs_is_named_in_both_traces(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[builder.Recipe, builder.Stages, builder.Stages]:
-    """A recipe of its own size, its stages, and those of its twin."""
-    recipe = recipe_of(FEATURES + "MODEL_DIM=64\n", tmp_path_factory.mktemp("pair"))
+def pair() -> tuple[builder.Recipe, builder.Stages, builder.Stages]:
+    """The largest record, its stages, and those of its twin."""
+    recipe = builder.make_recipe(read_env(ROOT / "records/r1855/env"))
     source = (ROOT / "train_gpt.py").read_text()
     stages = builder.make_stages(source, recipe, "packed")
     return (
@@ -555,13 +556,13 @@ def test_shipped_stages_are_their_twins_with_other_sizes(pair):
 @pytest.mark.parametrize(
     ("stage", "old", "new"),
     [
-        ("frozen", "'EMA_DECAY': 0.9", "'EMA_DECAY': 0.5"),
+        ("frozen", "'EMA_DECAY': 0.9965", "'EMA_DECAY': 0.5"),
         ("frozen", "a * cos + b * sin, b * cos - a * sin", "b * cos - a * sin, a * cos + b * sin"),
-        ("folded", "Average(model, 0.9)", "Average(model, 0.5)"),
+        ("folded", "Average(model, 0.9965)", "Average(model, 0.5)"),
         ("folded", "c_q", "c_p"),
         ("folded", "torch.zeros(n_out, n_in)", "torch.zeros(64, 64)"),
         ("folded", "    t.average.update(ok)\n", ""),
-        ("minified", "'EMA_DECAY':.9", "'EMA_DECAY':.8"),
+        ("minified", "'EMA_DECAY':.9965", "'EMA_DECAY':.8"),
         ("minified", "'muon'", "'scalar'"),
     ],
 )
@@ -599,6 +600,7 @@ def test_gate_that_the_twin_has_otherwise_is_reported(tmp_path, unproven, capsys
     assert "GPT" not in checks["definitions that the twin has otherwise"]
 
 
+@pytest.mark.full
 def test_definition_that_differs_without_a_gate_is_caught(source):
     recipe = builder.make_recipe({"COMPILE": "1"})
     ours, theirs = (builder.fold(source, r) for r in (recipe, builder.tiny_twin(recipe)))

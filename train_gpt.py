@@ -3612,11 +3612,6 @@ class GPT(nn.Module):
         if cfg.residual.skip_gates:
             self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model.dim))
             self.tags["skip_gates"] = Tag(Half(), "scalar")
-        if cfg.residual.lanes_on:  # a row for every layer, as published; one-lane layers leave theirs alone
-            self.parallel_resid_lambdas = nn.Parameter(torch.full((cfg.model.layers, 2), 1.1))
-            self.parallel_post_lambdas = nn.Parameter(torch.ones(cfg.model.layers, 2, 2))
-            names = ("parallel_resid_lambdas", "parallel_post_lambdas")
-            self.tags |= dict.fromkeys(names, Tag(Half(), "scalar"))
         if cfg.input.smear:
             self.smear = Smear(cfg)
         if cfg.input.bigram_on:
@@ -3649,13 +3644,11 @@ class GPT(nn.Module):
             out, ctx = self.visit(layer, x, x0, ctx)
             x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
         for j, layer in enumerate(plan.decoder):
-            if self.cfg.residual.lanes_on and layer == self.cfg.lanes_start:
-                x = torch.stack([x, x])
             if j < plan.skips:
-                x = self.skip(j, x, kept[-1 - j])
+                x = self.skip(j, layer, x, kept[-1 - j])
             out, ctx = self.visit(layer, x, x0, ctx)
             x, aux = out.y, add_aux(aux, out.aux)
-        return Out(norm(self.read_out(x) if self.cfg.residual.lanes_on else x), aux)
+        return Out(norm(self.read_out(x)), aux)
 
     def enter(self, ctx: Ctx) -> Tensor:
         """(B,T) -> (B,T,D), normalised."""
@@ -3681,29 +3674,63 @@ class GPT(nn.Module):
         """One block, told its own scalars as tensors: as numbers each would be a graph of its own."""
         if self.cfg.residual.ln_scale:
             ctx = ctx._replace(scale=x.new_full((), (layer + 1) ** -0.5))
-        if self.cfg.residual.lanes_on and layer >= self.cfg.lanes_start:
-            lanes = (self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer])
-            ctx = ctx._replace(lanes=lanes)
         out = self.blocks[layer](x, x0, ctx)
         if self.cfg.attn.value_residual and ctx.first is None:
             ctx = ctx._replace(first=out.values)
         return out, ctx
 
-    def skip(self, j: int, x: Tensor, kept: Tensor) -> Tensor:
-        """x with the encoder's output of the j-th decoder step; where there are lanes, on the first one."""
+    def skip(self, j: int, layer: int, x: Tensor, kept: Tensor) -> Tensor:
+        """x before a layer, with the encoder's output that the j-th step of the decoder gets."""
         s = self.skip_weights[j].to(kept.dtype) * kept
-        own = x[0] if self.cfg.residual.lanes_on and x.ndim == 4 else x
         if self.cfg.residual.skip_gates:
-            own = torch.lerp(s, own, torch.sigmoid(self.skip_gates[j]).to(s.dtype))
-        else:
-            own = own + s
-        return torch.stack([own, x[1]]) if self.cfg.residual.lanes_on and x.ndim == 4 else own
+            return torch.lerp(s, x, torch.sigmoid(self.skip_gates[j]).to(s.dtype))
+        return x + s
 
     def read_out(self, x: Tensor) -> Tensor:
-        """Of two lanes (2,B,T,D) their mean or one of them."""
+        """(B,T,D), what the last layer leaves."""
+        return x
+
+
+class LaneGPT(GPT):
+    """A GPT whose layers from `cfg.lanes_start` on run in two lanes, x (2,B,T,D): attention's and the MLP's.
+
+    Both begin as what comes in, skips join the first (record 1855; frontier 2.9).
+    """
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        super().__init__(cfg, world)
+        # a row for every layer, as published: layers with one lane leave theirs alone
+        self.parallel_resid_lambdas = nn.Parameter(torch.full((cfg.model.layers, 2), 1.1))
+        self.parallel_post_lambdas = nn.Parameter(torch.ones(cfg.model.layers, 2, 2))
+        names = ("parallel_resid_lambdas", "parallel_post_lambdas")
+        self.tags |= dict.fromkeys(names, Tag(Half(), "scalar"))
+
+    def split(self, layer: int, x: Tensor) -> Tensor:
+        """Two lanes where the layer wants them and there is one."""
+        return torch.stack([x, x]) if layer >= self.cfg.lanes_start and x.ndim == 3 else x
+
+    def visit(self, layer: int, x: Tensor, x0: Tensor, ctx: Ctx) -> tuple[Out, Ctx]:
+        if layer >= self.cfg.lanes_start:
+            lanes = (self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer])
+            ctx = ctx._replace(lanes=lanes)
+        return super().visit(layer, self.split(layer, x), x0, ctx)
+
+    def skip(self, j: int, layer: int, x: Tensor, kept: Tensor) -> Tensor:
+        x = self.split(layer, x)
+        if x.ndim == 3:
+            return super().skip(j, layer, x, kept)
+        return torch.stack([super().skip(j, layer, x[0], kept), x[1]])
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Of the lanes their mean or one of them."""
         if self.cfg.residual.final_lane == "mean":
             return x.mean(0)
         return x[0] if self.cfg.residual.final_lane == "attn" else x[1]
+
+
+def new_model(cfg: Config, world: World) -> GPT:
+    """The one place where the model's form is chosen."""
+    return LaneGPT(cfg, world) if cfg.residual.lanes_on else GPT(cfg, world)
 
 
 def make_model(cfg: Config, world: World) -> GPT:
@@ -3712,7 +3739,7 @@ def make_model(cfg: Config, world: World) -> GPT:
     Weights are drawn on the CPU, in order of declaration.
     """
     torch.manual_seed(cfg.budget.seed)
-    model = GPT(cfg, world)
+    model = new_model(cfg, world)
     if cfg.model.init == "orthogonal":
         start_orthogonal(model)
     return model.to(world.device)
@@ -3729,7 +3756,7 @@ def start_orthogonal(model: GPT) -> None:
 def empty_model(cfg: Config, world: World) -> GPT:
     """The model's shape without its memory, for counting and planning."""
     with torch.device("meta"):
-        return GPT(cfg, world)
+        return new_model(cfg, world)
 
 
 def param_tags(model: nn.Module) -> dict[str, Tag]:

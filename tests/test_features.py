@@ -359,7 +359,7 @@ def test_lanes_begin_alike_take_skips_on_the_first_and_are_read_out_as_asked():
         for lane in ("mean", "attn", "mlp")
     }
     lanes, kept = torch.randn(2, 1, 4, 32), torch.randn(1, 4, 32)
-    found = models["mean"].skip(0, lanes, kept)
+    found = models["mean"].skip(0, 2, lanes, kept)
     assert torch.allclose(found[0], lanes[0] + kept) and torch.equal(found[1], lanes[1])
     read = {lane: model.read_out(lanes) for lane, model in models.items()}
     assert torch.equal(read["attn"], lanes[0]) and torch.equal(read["mlp"], lanes[1])
@@ -376,12 +376,12 @@ def test_lanes_begin_behind_encoder_and_loop(asked, loops, start):
 def test_skip_gate_weighs_the_skip_against_the_stream():
     model = make_model(config(SKIP_GATES_ENABLED=1), lone())
     x, kept = torch.randn(1, 4, 32), torch.randn(1, 4, 32)
-    assert torch.allclose(model.skip(0, x, kept), (x + kept) / 2)
+    assert torch.allclose(model.skip(0, 1, x, kept), (x + kept) / 2)
     with torch.no_grad():
         model.skip_gates.copy_(torch.randn_like(model.skip_gates))
         model.skip_weights.copy_(torch.randn_like(model.skip_weights))
     g, s = torch.sigmoid(model.skip_gates[0]), model.skip_weights[0] * kept
-    assert torch.allclose(model.skip(0, x, kept), g * x + (1 - g) * s, atol=1e-6)
+    assert torch.allclose(model.skip(0, 1, x, kept), g * x + (1 - g) * s, atol=1e-6)
 
 
 def test_delta_gate_holds_back_what_a_layer_adds():

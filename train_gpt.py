@@ -3195,8 +3195,16 @@ class Tap:
         self.total.addmm_(rows.T, rows)
 
 
-class Proj(nn.Module):
-    """Every matrix multiply. Quantisation-aware training and export meet here and only here.
+class Weighted(nn.Module):
+    """A module of one weight with one tag. Quantisation-aware training and export meet here and only here."""
+
+    def effective(self, phase: Phase) -> Tensor:
+        """The weight, or what the artifact will hold of it."""
+        return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
+
+
+class Proj(Weighted):
+    """Every matrix multiply.
 
     The weight is float32; it is cast to the activation's dtype where it is used, so there is no
     autocast and a CPU runs the same lines. Initial weights: U(+-1/sqrt(n_in)), or zeros.
@@ -3208,17 +3216,13 @@ class Proj(nn.Module):
         self.weight = nn.Parameter(start if zero else start.uniform_(-(n_in**-0.5), n_in**-0.5))
         self.tags, self.tap = {"weight": tag}, None
 
-    def effective(self, phase: Phase) -> Tensor:
-        """(n_out, n_in): the weight, or what the artifact will hold of it."""
-        return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
-
     def forward(self, x: Tensor, phase: Phase) -> Tensor:  # (..., n_in) -> (..., n_out)
         if self.tap is not None:  # calibration; a forward hook would be ignored once compiled
             self.tap.add(x)
         return F.linear(x, self.effective(phase).to(x.dtype))
 
 
-class Table(nn.Module):
+class Table(Weighted):
     """Rows looked up by number, in the codec and with the rate of the embedding."""
 
     def __init__(self, rows: int, width: int, std: float, cfg: Config) -> None:
@@ -3227,11 +3231,10 @@ class Table(nn.Module):
         self.tags = {"weight": Tag(embed_codec(cfg), "embed", "embed")}
 
     def forward(self, ids: Tensor, phase: Phase) -> Tensor:  # (B,T) -> (B,T,width)
-        codec = self.tags["weight"].codec
-        return F.embedding(ids, codec.fake_quant(self.weight) if phase.qat else self.weight)
+        return F.embedding(ids, self.effective(phase))
 
 
-class Embed(nn.Module):
+class Embed(Weighted):
     """Token embedding. All activations follow its dtype; the weight itself stays float32."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
@@ -3239,9 +3242,6 @@ class Embed(nn.Module):
         std = cfg.model.embed_std if cfg.model.tied else 1.0
         self.weight = nn.Parameter(torch.empty(cfg.model.vocab, cfg.model.dim).normal_(0.0, std))
         self.tags, self.dtype = {"weight": Tag(embed_codec(cfg), "embed", "embed")}, dtype
-
-    def effective(self, phase: Phase) -> Tensor:
-        return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
 
     def forward(self, ctx: Ctx) -> Tensor:  # (B,T) -> (B,T,D)
         return F.embedding(ctx.tokens, self.effective(ctx.phase)).to(self.dtype)

@@ -2484,6 +2484,16 @@ def pick_loss(cfg: Config, device: torch.device, compiling: bool) -> tuple[str, 
     return "chunked", functools.partial(softcapped_nll, fast=compiling)
 
 
+def loss_bytes(name: str, rows: int, vocab: int, item: int, gpu: bool) -> int:
+    """Bytes of the logits (rows,V), and of what is made of them, while the loss that pick_loss named runs.
+
+    `item` is the size of an activation's number. Plain: the logits and five float32 forms of them.
+    """
+    if name == "chunked":
+        return 3 * 4 * chunk_rows(rows, vocab, gpu) * vocab
+    return {"plain": item + 20, "two_pass": 2 * item}.get(name, item) * rows * vocab
+
+
 @functools.cache
 def squared_kernels() -> tuple:
     """(by_tma, by_pointer): matrix products (R,K) x (C,K) -> (R,C) with a squared leaky ReLU at their end.
@@ -4171,7 +4181,8 @@ def activation_bytes(cfg: Config, world: World) -> int:
     nowhere = dataclasses.replace(world, device=torch.device("meta"))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         empty_model(cfg, nowhere).hidden(ctx)
-    logits = 3 * 4 * chunk_rows(tokens.numel(), cfg.model.vocab) * cfg.model.vocab
+    loss, item = pick_loss(cfg, world.device, False)[0], world.dtype.itemsize
+    logits = loss_bytes(loss, tokens.numel(), cfg.model.vocab, item, world.device.type == "cuda")
     return sum(t.untyped_storage().nbytes() for t in kept.values()) + logits
 
 

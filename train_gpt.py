@@ -2315,23 +2315,23 @@ def one_pass_kernel() -> Callable:
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         place = logits + row * cols + at
-        target = tl.load(targets + row)
+        target = tl.load(targets + row).to(tl.int32)
         x = tl.load(place, mask=at < cols, other=0.0).to(tl.float32)
         if FAST:
             bent = tl.inline_asm_elementwise(
                 "tanh.approx.f32 $0, $1;", "=f,f", [x / cap], dtype=tl.float32, is_pure=True, pack=1
             )
             z = cap * bent - cap
-            bow = 1.0 - bent * bent
         else:
             r = 1.0 / (1.0 + tl.exp(x * (2.0 / cap)))
             z = -2.0 * cap * r
-            bow = 4.0 * r * (1.0 - r)
+        own = tl.sum(tl.where(at == target, z, 0.0), 0)
         p = tl.where(at < cols, tl.exp(z), 0.0)
         total = tl.sum(p, 0)
-        own = tl.sum(tl.where(at == target, z, 0.0), 0)
         tl.store(nll + row, tl.where(target < 0, 0.0, tl.log(total) - own))
-        slope = tl.where(target < 0, 0.0, (p / total - (at == target).to(tl.float32)) * bow)
+        slope = p / total - (at == target).to(tl.float32)
+        slope *= (1.0 - bent * bent) if FAST else 4.0 * r * (1.0 - r)
+        slope = tl.where(target < 0, 0.0, slope)
         tl.store(place, slope.to(logits.dtype.element_ty), mask=at < cols)
 
     return whole
@@ -2346,7 +2346,7 @@ def two_pass_kernels() -> tuple:
     @triton.jit
     def scan(logits, targets, nll, lse, cols, cap, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, PLR0913
         row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
+        target = tl.load(targets + row).to(tl.int32)
         logits += row * cols
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, cols, BLOCK):
@@ -2363,7 +2363,7 @@ def two_pass_kernels() -> tuple:
     @triton.jit
     def slopes(g, logits, targets, lse, out, cols, cap, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, PLR0913
         row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
+        target = tl.load(targets + row).to(tl.int32)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row * cols + at, mask=at < cols, other=0.0).to(tl.float32)
         r = 1.0 / (1.0 + tl.exp(x * (2.0 / cap)))

@@ -504,7 +504,7 @@ def test_forecast_runs_no_kernel_of_a_gpu(monkeypatch):
 
 
 def test_forecast_of_the_loss_is_what_the_plain_form_makes_and_one_copy_fused():
-    """Plain: the logits, their float32 form, a division, tanh, the product and log-softmax, as counted here."""
+    """Plain: the logits, their float32 form, a division, tanh, the product, log-softmax, as counted here."""
     made = []
 
     class Note(TorchDispatchMode):

@@ -232,8 +232,8 @@ def table_row(r: dict) -> str:
     where = f"{r['date']}, torch {r['torch']}, {r['threads']} threads, source {r['source'][:8]}"
     where += f", {r['cpu']}" if "cpu" in r else ""
     return (f"| {r['case']} | {r['dtype']} | {r['compile']} | {ms['plain']:.0f} | {ms['ours']:.0f} | "
-            f"{case.tokens / ms['ours'] * 1000:,.0f} | {ms['plain'] / ms['ours']:.2f} | {case.bar} | {limit} | "
-            f"{rss} | {low:.0f}-{high:.0f} | {where} |")
+            f"{case.tokens / ms['ours'] * 1000:,.0f} | {ms['plain'] / ms['ours']:.2f} | {case.bar} | "
+            f"{limit} | {rss} | {low:.0f}-{high:.0f} | {where} |")
 
 
 def main() -> None:

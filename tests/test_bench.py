@@ -80,36 +80,38 @@ def test_a_sample_counts_only_where_others_did_little(others, kept):
 
 
 def test_one_noisy_sample_costs_the_whole_round_and_another_round_is_made():
-    found = turns(0, 0, 0, 0.5, 0, 0, 0, 0, plan=QUICK._replace(box=60), calls=("a", "b"))
-    assert (len(found.rounds), found.tried) == (3, 4)
+    shares = (0, 0, 0, 0.5, 0.5, 0, 0, 0, 0)  # noisy: the second of round 2, the first of round 3
+    found = turns(*shares, plan=QUICK._replace(box=60), calls=("a", "b"))
+    assert (len(found.rounds), found.tried) == (3, 5)
     assert all(set(r) == {"a", "b"} for r in found.rounds)
 
 
-def test_rounds_end_with_the_time_but_not_before_the_least_number():
+def test_rounds_end_with_the_time_but_a_quiet_machine_gets_the_least_number():
     assert turns(0, 0, 0, 0).tried == 2  # no time at all
-    assert turns(*[0.5] * 9, plan=QUICK._replace(least=4)).tried == 4
+    assert turns(*[0.5] * 9, plan=QUICK._replace(least=4)).tried == 1
+    assert turns(0, 0, 0.5, *[0] * 9, plan=QUICK._replace(least=4)).tried == 3
     begin, busy, calls = time.monotonic(), moments(*[0.5] * 10**4), {"a": lambda: time.sleep(0.01)}
     assert take_turns("test", calls, QUICK._replace(box=0.2), busy.__next__).tried > 2
     assert time.monotonic() - begin < 5
 
 
 def test_a_busy_machine_gets_no_number():
-    found = turns(0, 0.3, 0.3, plan=QUICK._replace(least=3))
-    assert (found.rounds, found.tried) == ([], 3)  # one quiet round is too few to tell
+    found = turns(0, 0, 0.3, plan=QUICK._replace(least=3))
+    assert (found.rounds, found.tried) == ([], 3)  # two quiet rounds are too few to tell
     row = line(AIM.section, finding(AIM.what, found, found.ratio("a", "a")), ABOUT)
     assert row["status"] == "contended" and not {"value", "spread", "ms"} & {*row}
     assert cells(render([row]))[3:7] == ["contended", "-", "0 of 3", "-"]
 
 
 def test_our_children_are_ours_once_they_have_ended_and_others_before():
-    burn = [sys.executable, "-c", "import time\nend = time.time() + 0.6\nwhile time.time() < end: pass"]
+    burn = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.4: pass"]
     before = cpu_suite.usage()
     child = subprocess.Popen(burn)
     time.sleep(0.5)
     during = cpu_suite.usage()
     child.wait()
     assert used_by_others(before, during) * (during.total - before.total) > 0.1
-    assert during.own - before.own < 0.1 < cpu_suite.usage().own - during.own
+    assert during.own - before.own < 0.2 < cpu_suite.usage().own - during.own
 
 
 def test_a_ratio_is_that_of_its_round():

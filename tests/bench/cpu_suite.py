@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import itertools
 import json
 import math
 import resource
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 import artifact
 import cpu_train
+import numpy as np
 import torch
 from common import RECORDS, ROOT, Bench, cpu_name_and_matrix_extensions, facts, parser_for
 from torch import Tensor
@@ -179,19 +181,22 @@ def take_turns(
 ) -> Found:
     """Rounds of all variants until enough were quiet or the time is over; no round where too few were.
 
-    At least `plan.least` rounds are made, however slow the machine is.
+    A round ends with its first noisy sample. A slow machine that is quiet gets its `plan.least` rounds.
     """
     for call in variants.values():
         for _ in range(plan.warm):
             call()
     quiet, tried, end = [], 0, time.monotonic() + plan.box
-    while len(quiet) < plan.wanted and (tried < plan.least or time.monotonic() < end):
-        taken = {name: sample(call, plan.sample, read) for name, call in variants.items()}
-        most = max((others for _, others in taken.values()), key=abs)
-        tried += 1
-        if all(abs(others) <= plan.others for _, others in taken.values()):
-            quiet.append({name: ms for name, (ms, _) in taken.items()})
-        print(f"{label}: round {tried}, {len(quiet)} quiet; others used {most:.0%}", flush=True)
+    while len(quiet) < plan.wanted and (len(quiet) == tried < plan.least or time.monotonic() < end):
+        taken, most, tried = {}, 0.0, tried + 1
+        for name, call in variants.items():
+            taken[name], others = sample(call, plan.sample, read)
+            most = max(most, others, key=abs)
+            if abs(others) > plan.others:
+                break
+        else:
+            quiet.append(taken)
+        print(f"{label}: round {tried}, {len(quiet)} quiet; others used {most:.0%} at most", flush=True)
     return Found(label, quiet if len(quiet) >= plan.least else [], tried)
 
 
@@ -328,38 +333,39 @@ def one_by_one(stack: Tensor) -> list[Tensor]:
 
 
 def coded(sizes: Sizes, plan: Plan) -> Iterator[Finding]:
-    """Independent draws through the program's coder and through brotli; seconds as of a full artifact."""
-    pools = {"int6": artifact.drawn_int6(sizes.int6_rows), "trits": artifact.drawn_trits(sizes.trit_rows)}
-    for stream, pool in pools.items():
-        ours, theirs = artifact.by_rans(None), artifact.by_form(tg.forms_of(pool.planes[0])[0], "brotli")
-        entropy = tg.entropy_bytes(pool.planes[0], pool.values)
-        data = ours.encode(pool)
-        kept: list[bytes] = []  # brotli's bytes, of its one encoding: it takes seconds
-        once = plan._replace(wanted=1, least=1, box=0.0, sample=0.0, warm=0)
-        slowly = {"encode": functools.partial(keep, kept, theirs.encode, pool)}
-        slow = take_turns(f"artifact, {stream} by brotli", slowly, once)
-        for name, way, blob in ((stream, ours, data), (f"{stream} by brotli", theirs, kept[-1])):
-            if way.decode(blob, pool).tobytes() != pool.values.tobytes():
-                sys.exit(f"{name} does not come back as it was coded")
-            yield Finding(f"{name}: bytes / entropy", [len(blob) / entropy], 1, {"bytes": len(blob)})
-        variants = {
-            "decode": functools.partial(ours.decode, data, pool),
-            "encode": functools.partial(ours.encode, pool),
-            "brotli decode": functools.partial(theirs.decode, kept[-1], pool),
-        }
-        found = take_turns(f"artifact, {stream}", variants, plan._replace(box=plan.box / 2))
-        rows = ((stream, "decode", "decode"), (stream, "encode", "encode"),
-                (f"{stream} by brotli", "decode", "brotli decode"))  # fmt: skip
-        for name, verb, variant in rows:
-            size = len(kept[-1]) if "brotli" in name else len(data)
-            seconds = [r[variant] / 1000 * ARTIFACT_BYTES / size for r in found.rounds]
-            yield finding(f"{name}: seconds to {verb} 16 MB", found, seconds)
-        seconds = [r["encode"] / 1000 * ARTIFACT_BYTES / len(kept[-1]) for r in slow.rounds]
-        yield finding(f"{stream} by brotli: seconds to encode 16 MB", slow, seconds)
+    """Independent draws through the program's coder and through brotli."""
+    yield from coded_stream("int6", artifact.drawn_int6(sizes.int6_rows), plan)
+    yield from coded_stream("trits", artifact.drawn_trits(sizes.trit_rows), plan)
 
 
-def keep(into: list[bytes], encode: Callable[[tg.Pool], bytes], pool: tg.Pool) -> None:
-    into.append(encode(pool))
+def coded_stream(ours: str, pool: tg.Pool, plan: Plan) -> Iterator[Finding]:
+    """Bytes, and seconds as of a full artifact; brotli's encoder, which takes long, runs once."""
+    theirs, densest = f"{ours} by brotli", tg.forms_of(pool.planes[0])[0]
+    ways = {ours: artifact.by_rans(None), theirs: artifact.by_form(densest, "brotli")}
+    blobs: dict[str, bytes] = {}
+
+    def encode(name: str) -> None:
+        blobs[name] = ways[name].encode(pool)
+
+    def decode(name: str) -> np.ndarray:
+        return ways[name].decode(blobs[name], pool)
+
+    once = plan._replace(wanted=1, least=1, sample=0.0, box=0.0, warm=0)
+    slow = take_turns(f"artifact, {theirs}", {f"encode {theirs}": functools.partial(encode, theirs)}, once)
+    encode(ours)
+    for name in ways:
+        if decode(name).tobytes() != pool.values.tobytes():
+            sys.exit(f"{name} does not give back the values that it was given")
+        ratio = len(blobs[name]) / tg.entropy_bytes(pool.planes[0], pool.values)
+        yield Finding(f"{name}: bytes / entropy", [ratio], 1, {"bytes": len(blobs[name])})
+    variants = {f"decode {name}": functools.partial(decode, name) for name in ways}
+    variants[f"encode {ours}"] = functools.partial(encode, ours)
+    found = take_turns(f"artifact, {ours}", variants, plan._replace(box=plan.box / 2))
+    for name, verb in itertools.product(ways, ("decode", "encode")):
+        source = slow if (name, verb) == (theirs, "encode") else found
+        scale = ARTIFACT_BYTES / len(blobs[name]) / 1000
+        seconds = [r[f"{verb} {name}"] * scale for r in source.rounds]
+        yield finding(f"{name}: seconds to {verb} 16 MB", source, seconds)
 
 
 SECTIONS = {"step": step, "loss": loss, "newton_schulz": newton_schulz, "artifact": coded}

@@ -3281,8 +3281,12 @@ ENERGY_STEPS = 4  # classes to a doubling of the expected magnitude; 2 and 8 wer
 
 
 def lanes_for(count: int) -> int:
-    """States in turn: a power of two, one for 512 symbols or more, at most 2,048; each costs 2 bytes."""
-    return 1 << min(11, max(0, (count >> 9).bit_length() - 1))
+    """States in turn: a power of two, at most 2,048; each costs 2 bytes, and few make many small steps.
+
+    One for 512 symbols in small pools, which would be slow otherwise, and for 8,192 in large ones.
+    """
+    lanes = min(count >> 9, max(256, count >> 13), 2048)
+    return 1 << max(0, lanes.bit_length() - 1)
 
 
 def to_shares(counts: np.ndarray) -> np.ndarray:

@@ -481,6 +481,16 @@ class Config:
         return max(self.residual.lanes_from, self.model.layers // 2, behind_loop)
 
     @property
+    def fuses_ce(self) -> bool:
+        """Its sums start at the cap and cannot vanish: exp(-2 * 40) is a normal float32."""
+        return self.compute.fused_ce and self.model.softcap <= 40.0
+
+    @property
+    def two_passes(self) -> bool:
+        """A row of 16,384 logits takes 128 registers of each thread of 16 warps; longer ones do not fit."""
+        return self.compute.ce_form == "two_pass" or self.model.vocab > 16384
+
+    @property
     def table_layers(self) -> tuple[int, ...]:
         """Layers that read the table of values; none where VE_LAYERS is no list of layers."""
         layers = range(self.model.layers)
@@ -2375,10 +2385,6 @@ def two_pass_kernels() -> tuple:
     return scan, slopes
 
 
-WHOLE_ROW = 16384  # the longest row that `the kernel takes: 16 warps with 70 registers a thread at 8192
-SAFE_CAP = 40.0  # exp(-2 * cap) is a normal float32 up to here, so a sum that starts at the cap cannot vanish
-
-
 @functools.cache
 def one_pass_operator() -> Callable:
     """hidden (N,D), weight (V,D), targets (N,), cap, fast -> nats (N,) float32, and slopes by logits (N,V).
@@ -2475,8 +2481,8 @@ def pick_loss(cfg: Config, device: torch.device, compiling: bool) -> tuple[str, 
     """(name, function) of hidden (N,D), weight (V,D), targets (N,), cap -> nats (N,), as FUSED_CE asks."""
     if not cfg.compute.fused_ce:
         return "plain", compiled_once(softcapped_nll_ref) if compiling else softcapped_nll_ref
-    if device.type == "cuda" and cfg.model.softcap <= SAFE_CAP and has_triton():
-        if cfg.compute.ce_form == "two_pass" or cfg.model.vocab > WHOLE_ROW:
+    if cfg.fuses_ce and device.type == "cuda" and has_triton():
+        if cfg.two_passes:
             return "two_pass", functools.partial(fused_nll, two_pass_loss(), compiling)
         fast = cfg.compute.ce_form == "approximate"
         name = "approximate" if fast else "one_pass"
@@ -4304,7 +4310,7 @@ def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
         return torch.randn(*shape, generator=random, device=world.device).to(world.dtype)
 
     tried = {}
-    if cfg.compute.fused_ce and cfg.model.softcap <= SAFE_CAP:
+    if cfg.fuses_ce:
         targets = torch.arange(384, device=world.device) % cfg.model.vocab
         both = model.loss_of, softcapped_nll_ref
         forms = [functools.partial(f, targets=targets, cap=cfg.model.softcap) for f in both]

@@ -3795,7 +3795,7 @@ class MLP(nn.Module):
         self.fc = Proj(cfg.model.dim, cfg.model.hidden, tag)
         self.proj = Proj(cfg.model.hidden, cfg.model.dim, tag, zero=True)
         if cfg.compute.fused_mlp:
-            self.fused = squared_mlp() if has_triton() else None
+            self.fused = squared_mlp()
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
         if self.cfg.compute.fused_mlp and self.fuses(x):

@@ -1400,7 +1400,8 @@ def start_job(job: dict) -> int:
 
 
 def last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
+    """What a program said last, before triton's bindings list, at every exit by an error, what they leaked."""
+    lines = [line for line in text.split("\nnanobind: ")[0].splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it printed nothing"
 
 

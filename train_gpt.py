@@ -3802,8 +3802,8 @@ def make_fast(model: GPT, world: World) -> GPT:
 
     In place keeps state_dict's names; regional compilation makes depth recurrence free (compile notes 1).
     COMPILE_MODE is spelled out in options, because torch.compile takes a mode or options. Its modes with
-    CUDA graphs are not offered: autograd keeps a graph's output as `p.grad`, and the next micro-batch's
-    replay writes over it.
+    CUDA graphs are not offered: what autograd keeps as `p.grad` is a graph's output, and the replay for the
+    next micro-batch invalidates or overwrites it (pytorch issues 169545: an error, 96693: wrong sums).
     """
     if (
         world.compiling
@@ -4595,6 +4595,7 @@ def try_graphs(t: Trainer) -> None:
         for stack in t.optimizer.muon.stacks:
             t.optimizer.muon.update(stack, torch.zeros_like(stack.momentum), phase, ok)
             t.world.journal.beat()
+    t.model.zero_grad(set_to_none=True)
 
 
 def warm_up(t: Trainer) -> None:
@@ -5450,11 +5451,11 @@ def log_sizes(blob: bytes, facts: Facts, cfg: Config, world: World) -> None:
 
 
 def compile_cache_state(world: World) -> str:
-    """Whether compilation found its results on disk: cold, warm, or none where nothing was compiled."""
+    """Whether compilation found all its results on disk: cold, warm, or none where nothing was compiled."""
     if not world.compiling:
         return "none"
-    hits = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
-    return "warm" if hits else "cold"
+    found = torch._dynamo.utils.counters["inductor"]
+    return "warm" if found["fxgraph_cache_hit"] and not found["fxgraph_cache_miss"] else "cold"
 
 
 def graphs_made() -> int:
@@ -5572,21 +5573,23 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 # ======================================================================================
 
 
-def compiling_world(loader: Loader, bos: int, cfg: Config, world: World) -> World:
-    """The world as it is, or, where the graphs of the run cannot be made on some rank, one without any.
+def compiled_or_eager(t: Trainer, bos: int) -> Trainer:
+    """The trainer with every graph of the run made, or, where that fails on some rank, an eager one on all.
 
-    A trainer of its own makes them; the run's finds them there. Raises UserError where compilation was asked
-    for. A built program does without: to go on without what its record stands on is not what it is built for.
+    Raises UserError where compilation was asked for. A built program does without this: it is built for one
+    record, and what it would score eagerly in its ten minutes is another.
     """
 
     def work() -> None:
-        t = Trainer(make_fast(make_model(cfg, world), world), loader, cfg, world, "")
         try_graphs(t)
-        warm_evaluation(t.model, bos, cfg, world)
+        warm_evaluation(t.model, bos, t.cfg, t.world)
 
-    with world.journal.phase("warmup"):
-        reasons = [why for why in world.gather(compile_failure(work)) if why]
-    return eagerly(reasons[0], cfg, world) if reasons else world
+    with t.world.journal.phase("warmup"):
+        reasons = [why for why in t.world.gather(compile_failure(work)) if why]
+    if not reasons:
+        return t
+    world = eagerly(reasons[0], t.cfg, t.world)
+    return Trainer(make_model(t.cfg, world), t.loader, t.cfg, world, t.source)
 
 
 def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> Trainer:
@@ -5597,19 +5600,19 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     found = find_checkpoint(loader, cfg, world) if cfg.run.resume else None
     open_journal(cfg, world)
     world = resumed_speed(found, cfg, world) if cfg.run.resume else choose_speed(cfg, world)
+    t = Trainer(make_fast(make_model(cfg, world), world), loader, cfg, world, facts.sha256)
     if not FOLDED and world.compiling and cfg.budget.warmup_steps:
-        world = compiling_world(loader, tokenizer.bos, cfg, world)
-    model = make_fast(make_model(cfg, world), world)
-    t = Trainer(model, loader, cfg, world, facts.sha256)
+        t = compiled_or_eager(t, tokenizer.bos)
+        world = t.world
     log_header(facts, cfg, world)
-    log_plan(model, cfg, world)
+    log_plan(t.model, cfg, world)
     for line in t.optimizer.table():
         world.log(line)
     with world.journal.phase("warmup"):
         warm_up(t)
-        warm_evaluation(model, tokenizer.bos, cfg, world)
+        warm_evaluation(t.model, tokenizer.bos, cfg, world)
         if cfg.gptq.on:
-            t.clock.keep(measured_reserve(model, loader, cfg, world))
+            t.clock.keep(measured_reserve(t.model, loader, cfg, world))
     if not FOLDED:
         t.graphs = graphs_made()
     if cfg.run.resume and found:

@@ -365,6 +365,8 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
     "SAMPLE": "test_evaluate.py: it takes an artifact, and scores nothing",
     "CASEOPS_ENABLED": "test_caseops.py: it takes shards, sidecars and a tokenizer of their own",
     "COMPILE": "test_compile.py: it needs a C++ compiler, and its traces differ in the last bits",
+    "COMPILE_MODE": "test_compile.py: nothing is compiled here, and its traces differ in the last bits",
+    "COMPILE_CACHE": "test_compile.py: nothing is compiled here, and it takes two processes",
     "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",
     "DIST_TIMEOUT": "test_timeout_reaches_the_watchdog: nothing hangs in an honest run",
     "VAL_BATCH_TOKENS": "test_evaluate.py: the scores must not depend on it",

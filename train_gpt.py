@@ -5576,9 +5576,11 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 def compiled_or_eager(t: Trainer, bos: int) -> Trainer:
     """The trainer with every graph of the run made, or, where that fails on some rank, an eager one on all.
 
-    Raises UserError where compilation was asked for. A built program does without this: it is built for one
-    record, and what it would score eagerly in its ten minutes is another.
+    Without warm-up they are made when they are needed. Raises UserError where compilation was asked for. A
+    built program does without this: it is built for one record, and what it would score eagerly is another.
     """
+    if not t.world.compiling or t.cfg.budget.warmup_steps == 0:
+        return t
 
     def work() -> None:
         try_graphs(t)
@@ -5601,7 +5603,7 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     open_journal(cfg, world)
     world = resumed_speed(found, cfg, world) if cfg.run.resume else choose_speed(cfg, world)
     t = Trainer(make_fast(make_model(cfg, world), world), loader, cfg, world, facts.sha256)
-    if not FOLDED and world.compiling and cfg.budget.warmup_steps:
+    if not FOLDED:
         t = compiled_or_eager(t, tokenizer.bos)
         world = t.world
     log_header(facts, cfg, world)

@@ -435,6 +435,7 @@ sys.path[:0] = sys.argv[2:]
 import torch, train_gpt
 from test_model import lone
 train_gpt.keep_compile_cache(pathlib.Path(sys.argv[1]))
+torch._inductor.config.cpp_cache_precompile_headers = False  # they would take most of the time
 torch.compile(lambda x: x.sin() + 1)(torch.zeros(9))
 print(train_gpt.compile_cache_state(dataclasses.replace(lone(), compiling=True)))
 """

@@ -4523,7 +4523,9 @@ class Trainer:
         self.optimizer.prime()
         self.average = Average(model, cfg.optim.ema_decay) if cfg.optim.ema_on else None
         self.state = TrainState()
-        self.clock, self.looping, self.graphs = Clock(cfg, world, 0.0), False, 0
+        self.clock, self.looping = Clock(cfg, world, 0.0), False
+        if not FOLDED:
+            self.graphs = 0  # made by the end of warm-up
         self.reports: deque[Report] = deque()
 
     def tensors(self) -> dict[str, Tensor]:

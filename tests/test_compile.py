@@ -452,6 +452,17 @@ def test_second_process_finds_a_function_that_the_first_compiled(tmp_path):
     assert found == ["cold", "warm"]
 
 
+def test_cache_is_warm_where_all_was_found():
+    world, found = dataclasses.replace(lone(), compiling=True), torch._dynamo.utils.counters["inductor"]
+    states = []
+    for hits, misses in ((0, 0), (0, 2), (2, 0), (2, 1)):
+        found.update(fxgraph_cache_hit=hits - found["fxgraph_cache_hit"])
+        found.update(fxgraph_cache_miss=misses - found["fxgraph_cache_miss"])
+        states.append(train_gpt.compile_cache_state(world))
+    assert states == ["cold", "cold", "warm", "cold"]
+    assert train_gpt.compile_cache_state(lone()) == "none"
+
+
 @needs_compiler
 @pytest.mark.full
 def test_second_process_finds_what_the_first_compiled(tmp_path, data):

@@ -15,7 +15,7 @@ setup() (  # a subshell that holds the lock: a second start waits here, then fin
     fi
     for file in "$@"; do
         list=$(cat "$file") stamp=.venv/installed-${file//\//-}
-        [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null || list=$(grep -v '^triton' "$file")
+        [ "$file" != requirements.txt ] || [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null || list=$(grep -v ^triton "$file")
         [ "$(.venv/bin/python -V) $list" != "$(cat "$stamp" 2>/dev/null)" ] || continue
         [ "$list" = "$(cat "$file")" ] || echo "no NVIDIA driver found: a CPU build of torch will do, without triton"
         echo "installing $file into .venv"; rm -f "$stamp"

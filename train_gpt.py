@@ -10,9 +10,9 @@ the loaded model: the number printed last belongs to the bytes on disk, never to
 
  1 Config        2 Schedule      3 Journal       4 World         5 Clock
  6 Data          7 Kernels       8 Storage       9 Coding       10 Layers
-11 Mixers       12 Feed-forward 13 Memory       14 Model        15 Objective
-16 Optimizer    17 Checkpoint   18 Calibrate    19 Train        20 Export
-21 Evaluate     22 Report       23 Main
+11 Mixers       12 Feed-forward 13 Memory       14 Model        15 Speed
+16 Objective    17 Optimizer    18 Checkpoint   19 Calibrate    20 Train
+21 Export       22 Evaluate     23 Report       24 Main
 
 B rows, T tokens, D width, H query heads, G key/value heads, K head dim, V vocabulary, N = B*T.
 Losses are nats per token unless a name says bits.
@@ -158,6 +158,13 @@ class ComputeConfig:
     clock_sync_every: int = knob("CLOCK_SYNC_EVERY", 0, "steps between waits for the device; 0 = 1 below "
                                  "200 ms a step, else 4", within=(0, 1000))
     dist_timeout: float = knob("DIST_TIMEOUT", 600.0, "seconds before a collective fails", within=(1.0, None))
+    fused_ce: bool = knob("FUSED_CE_ENABLED", True, "training loss without the logits' float32 copies: by "
+                          "Triton on a GPU, by chunks on a CPU")
+    ce_form: str = knob("FUSED_CE_FORM", "auto", "how Triton makes that loss; auto = one_pass; approximate = "
+                        "that with the hardware's tanh; two_pass = as record 1855",
+                        choices=("auto", "one_pass", "approximate", "two_pass"), tiny="auto")
+    fused_mlp: bool = knob("FUSED_MLP", True, "on a GPU in bfloat16: the MLP's activation inside Triton's "
+                           "matrix product")
     attention: str = knob("ATTENTION", "auto", "kernel of attention; auto = the first that can run here",
                           choices=("auto", "flash3", "flash2", "varlen", "flex", "sdpa"), tiny="auto")
     compile_mode: str = knob("COMPILE_MODE", "default", "how hard torch.compile tries on the blocks; none "
@@ -477,6 +484,16 @@ class Config:
         """First layer with two lanes: those before it are visited on the way down, or more than once."""
         behind_loop = self.loop.last + 1 if self.loop.on else 0
         return max(self.residual.lanes_from, self.model.layers // 2, behind_loop)
+
+    @property
+    def fuses_ce(self) -> bool:
+        """Its sums start at the cap and cannot vanish: exp(-2 * 40) is a normal float32."""
+        return self.compute.fused_ce and self.model.softcap <= 40.0
+
+    @property
+    def two_passes(self) -> bool:
+        """A row of 16,384 logits takes 128 registers of each thread of 16 warps; longer ones do not fit."""
+        return self.compute.ce_form == "two_pass" or self.model.vocab > 16384
 
     @property
     def table_layers(self) -> tuple[int, ...]:
@@ -2178,6 +2195,20 @@ def softcapped_nll_ref(hidden: Tensor, weight: Tensor, targets: Tensor, cap: flo
     return F.cross_entropy(softcapped_logits(hidden, weight, cap), targets, reduction="none")
 
 
+def softcapped_slopes_ref(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """logits (N,V) before the cap, targets (N,) -> nats (N,) and their slopes by the logits (N,V).
+
+    A negative target counts for nothing, as in torch.
+    """
+    bent = torch.tanh(wide(logits) / cap)
+    z, own, known = cap * bent, targets.clamp_min(0)[:, None], targets[:, None] >= 0
+    lse = torch.logsumexp(z, 1, keepdim=True)
+    nll = torch.where(known, lse - z.gather(1, own), 0.0)[:, 0]
+    hit = torch.arange(logits.shape[1], device=targets.device) == targets[:, None]
+    p = torch.exp(z - lse.masked_fill(~known, torch.inf))
+    return nll, (p - hit.to(z.dtype)) * (1 - bent * bent)
+
+
 def softcapped_nll_and_grads(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float
 ) -> tuple[Tensor, ...]:
@@ -2185,13 +2216,9 @@ def softcapped_nll_and_grads(
 
     The logits die with the call.
     """
-    bent = torch.tanh(wide(hidden @ weight.T) / cap)
-    z = cap * bent
-    lse = torch.logsumexp(z, 1, keepdim=True)
-    hit = torch.arange(weight.shape[0], device=targets.device) == targets[:, None]
-    nll = lse[:, 0] - z.gather(1, targets[:, None])[:, 0]
-    slope = ((torch.exp(z - lse) - hit.to(z.dtype)) * (1 - bent * bent)).to(hidden.dtype)
-    return nll, slope @ weight, wide(slope.T @ hidden)
+    nll, slopes = softcapped_slopes_ref(hidden @ weight.T, targets, cap)
+    slopes = slopes.to(hidden.dtype)
+    return nll, slopes @ weight, wide(slopes.T @ hidden)
 
 
 def wide(t: Tensor) -> Tensor:
@@ -2204,9 +2231,12 @@ def compiled_once(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def chunk_rows(rows: int, vocab: int) -> int:
-    """Rows whose float32 logits take about 8 MB: at V=1024 and 8192 the fastest of 1 to 16 MB on a CPU."""
-    return max(1, min(rows, (1 << 21) // vocab))
+def chunk_rows(rows: int, vocab: int, gpu: bool = False) -> int:
+    """Rows whose float32 logits take about 8 MB: at V=1024 and 8192 the fastest of 1 to 16 MB on a CPU.
+
+    On a GPU 1 GB: it has no cache to stay in, and a call for every 8 MB would keep it waiting.
+    """
+    return max(1, min(rows, (1 << (28 if gpu else 21)) // vocab))
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -2222,7 +2252,7 @@ class ChunkedNLL(torch.autograd.Function):
         ctx: object, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, step: Callable
     ) -> Tensor:
         cast = weight.detach().to(hidden.dtype)
-        rows = chunk_rows(len(hidden), len(weight))
+        rows = chunk_rows(len(hidden), len(weight), hidden.is_cuda)
         nll = hidden.new_empty(len(hidden), dtype=wide(hidden[:0]).dtype)
         by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for at in range(0, len(hidden), rows):
@@ -2240,12 +2270,13 @@ class ChunkedNLL(torch.autograd.Function):
             by_weight = by_weight * g[0]
         else:
             by_weight = weighted_gradient(hidden, weight, targets, ctx.cap, g)
-        return by_hidden * g[:, None].to(by_hidden.dtype), by_weight, None, None, None
+        return (by_hidden * g[:, None]).to(hidden.dtype), by_weight, None, None, None
 
 
 def weighted_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, g: Tensor) -> Tensor:
     """d sum(g * nats) / d weight, chunk by chunk, by plain autograd."""
-    leaf, rows = weight.detach().requires_grad_(), chunk_rows(len(hidden), len(weight))
+    leaf = weight.detach().requires_grad_()
+    rows = chunk_rows(len(hidden), len(weight), hidden.is_cuda)
     total = torch.zeros_like(weight)
     for at in range(0, len(hidden), rows):
         part = slice(at, at + rows)
@@ -2260,12 +2291,369 @@ def softcapped_nll(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, 
     pick = compiled_once if fast else (lambda f: f)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ChunkedNLL.apply(hidden, weight, targets, cap, pick(softcapped_nll_and_grads))
-    rows, cast = chunk_rows(len(hidden), len(weight)), weight.detach().to(hidden.dtype)
+    rows, cast = chunk_rows(len(hidden), len(weight), hidden.is_cuda), weight.detach().to(hidden.dtype)
     parts = [
         pick(softcapped_nll_ref)(hidden[at : at + rows], cast, targets[at : at + rows], cap)
         for at in range(0, len(hidden), rows)
     ]
     return torch.cat(parts)
+
+
+def has_triton() -> bool:
+    try:
+        import triton  # noqa: F401 -- is it there?
+    except ImportError:
+        return False
+    return True
+
+
+def runs_triton(t: Tensor) -> bool:
+    """Whether operators launch their kernels for this tensor; elsewhere they run their plain twins."""
+    return t.is_cuda
+
+
+@functools.cache
+def one_pass_kernel() -> Callable:
+    """Softcapped cross-entropy by Triton, a program for each row of logits (N,V), which stays in registers.
+
+    cap * tanh(x/cap) - cap = -2 cap r and tanh' = 4 r (1 - r), with r = 1 / (1 + exp(2x/cap)). Nothing
+    exceeds zero, so no maximum is looked for first: nats and, in the place of the logits, their slopes come
+    from one read of memory. FAST takes the hardware's tanh: two special functions a logit instead of three,
+    and an error of up to 2^-11 in it.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def whole(  # noqa: ANN202, PLR0913
+        logits, targets, nll, cols, cap, BLOCK: tl.constexpr, FAST: tl.constexpr  # noqa: ANN001
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, BLOCK)
+        place = logits + row * cols + at
+        target = tl.load(targets + row).to(tl.int32)
+        x = tl.load(place, mask=at < cols, other=0.0).to(tl.float32)
+        if FAST:
+            bent = tl.inline_asm_elementwise(
+                "tanh.approx.f32 $0, $1;", "=f,f", [x / cap], dtype=tl.float32, is_pure=True, pack=1
+            )
+            z = cap * bent - cap
+        else:
+            r = 1.0 / (1.0 + tl.exp(x * (2.0 / cap)))
+            z = -2.0 * cap * r
+        own = tl.sum(tl.where(at == target, z, 0.0), 0)
+        p = tl.where(at < cols, tl.exp(z), 0.0)
+        total = tl.sum(p, 0)
+        tl.store(nll + row, tl.where(target < 0, 0.0, tl.log(total) - own))
+        slope = p / total - (at == target).to(tl.float32)
+        slope *= (1.0 - bent * bent) if FAST else 4.0 * r * (1.0 - r)
+        slope = tl.where(target < 0, 0.0, slope)
+        tl.store(place, slope.to(logits.dtype.element_ty), mask=at < cols)
+
+    return whole
+
+
+@functools.cache
+def two_pass_kernels() -> tuple:
+    """(scan, slopes): the same in two readings, as record 1855 does it, for rows of any length."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def scan(logits, targets, nll, lse, cols, cap, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, PLR0913
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row).to(tl.int32)
+        logits += row * cols
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, cols, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + at, mask=at < cols, other=0.0).to(tl.float32)
+            z = -2.0 * cap / (1.0 + tl.exp(x * (2.0 / cap)))
+            sums += tl.where(at < cols, tl.exp(z), 0.0)
+        total = tl.log(tl.sum(sums, 0))
+        own = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
+        z = -2.0 * cap / (1.0 + tl.exp(own * (2.0 / cap)))
+        tl.store(lse + row, total)
+        tl.store(nll + row, tl.where(target < 0, 0.0, total - z))
+
+    @triton.jit
+    def slopes(g, logits, targets, lse, out, cols, cap, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, PLR0913
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row).to(tl.int32)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * cols + at, mask=at < cols, other=0.0).to(tl.float32)
+        r = 1.0 / (1.0 + tl.exp(x * (2.0 / cap)))
+        p = tl.exp(-2.0 * cap * r - tl.load(lse + row))
+        slope = (p - (at == target).to(tl.float32)) * 4.0 * r * (1.0 - r) * tl.load(g + row)
+        slope = tl.where(target < 0, 0.0, slope)
+        tl.store(out + row * cols + at, slope.to(out.dtype.element_ty), mask=at < cols)
+
+    return scan, slopes
+
+
+@functools.cache
+def one_pass_operator() -> Callable:
+    """hidden (N,D), weight (V,D), targets (N,), cap, fast -> nats (N,) float32, and slopes by logits (N,V).
+
+    Incoming gradients scale the hidden states and what comes out for them, (N,D), and not the slopes:
+    whatever they are, the logits are read once and written once.
+    """
+
+    @torch.library.custom_op("golf::one_pass_nll", mutates_args=())
+    def nll(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, fast: bool) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.to(hidden.dtype).T
+        if not runs_triton(hidden):
+            found, slopes = softcapped_slopes_ref(logits, targets, cap)
+            return found, slopes.to(hidden.dtype)
+        (rows, cols), found = logits.shape, logits.new_empty(len(logits), dtype=torch.float32)
+        block = 1 << (cols - 1).bit_length()
+        warps = max(4, min(16, block // 1024))
+        one_pass_kernel()[rows,](logits, targets, found, cols, cap, block, fast, num_warps=warps)
+        return found, logits
+
+    def keep(ctx: object, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs[:2], output[1])
+
+    def differentiate(ctx: object, g: Tensor, _: Tensor) -> tuple:
+        hidden, weight, slopes = ctx.saved_tensors
+        by_hidden = ((slopes @ weight.to(hidden.dtype)) * g[:, None]).to(hidden.dtype)
+        by_weight = slopes.T @ (hidden * g[:, None]).to(hidden.dtype)
+        return by_hidden, by_weight.to(weight.dtype), None, None, None
+
+    def shapes(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return wide(hidden.new_empty(len(hidden))), hidden.new_empty(len(hidden), len(weight))
+
+    nll.register_fake(shapes)
+    nll.register_autograd(differentiate, setup_context=keep)
+    return nll
+
+
+@functools.cache
+def two_pass_operator() -> Callable:
+    """(logits (N,V), targets (N,), cap) -> nats (N,) and log-sum-exps above the cap (N,), in float32."""
+
+    @torch.library.custom_op("golf::two_pass_nll", mutates_args=())
+    def nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+        if not runs_triton(logits):
+            z = cap * torch.tanh(wide(logits) / cap)
+            return softcapped_slopes_ref(logits, targets, cap)[0], torch.logsumexp(z, 1) - cap
+        found, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        two_pass_kernels()[0][len(logits),](logits, targets, found, lse, logits.shape[1], cap, 1024)
+        return found, lse
+
+    @torch.library.custom_op("golf::two_pass_nll_grad", mutates_args=())
+    def grad(g: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
+        if not runs_triton(logits):
+            return (softcapped_slopes_ref(logits, targets, cap)[1] * g[:, None]).to(logits.dtype)
+        (rows, cols), out = logits.shape, torch.empty_like(logits)
+        grid = rows, -(-cols // 1024)
+        two_pass_kernels()[1][grid](g.contiguous(), logits, targets, lse, out, cols, cap, 1024)
+        return out
+
+    def keep(ctx: object, inputs: tuple, output: tuple) -> None:
+        logits, targets, ctx.cap = inputs
+        ctx.save_for_backward(logits, targets, output[1])
+
+    def differentiate(ctx: object, g: Tensor, _: Tensor) -> tuple:
+        return grad(g, *ctx.saved_tensors, ctx.cap), None, None
+
+    nll.register_fake(lambda logits, *_: tuple(wide(logits.new_empty(len(logits))) for _ in range(2)))
+    grad.register_fake(lambda g, logits, *_: torch.empty_like(logits))
+    nll.register_autograd(differentiate, setup_context=keep)
+    return nll
+
+
+def one_pass_loss(fast: bool) -> Callable:
+    """A function like softcapped_nll_ref, for gradients; bound once, as no compiler enters a cache."""
+    one = one_pass_operator()
+    return lambda hidden, weight, targets, cap: one(hidden, weight, targets, cap, fast)[0]
+
+
+def two_pass_loss() -> Callable:
+    two = two_pass_operator()
+    return lambda hidden, weight, targets, cap: two(hidden @ weight.to(hidden.dtype).T, targets, cap)[0]
+
+
+def fused_nll(
+    operator: Callable, compiling: bool, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float
+) -> Tensor:
+    """softcapped_nll_ref by an operator; without gradients, as scores are made, softcapped_nll."""
+    if not torch.is_grad_enabled():
+        return softcapped_nll(hidden, weight, targets, cap, compiling)
+    return operator(hidden, weight, targets, cap)
+
+
+def pick_loss(cfg: Config, device: torch.device, compiling: bool) -> tuple[str, Callable]:
+    """(name, function) of hidden (N,D), weight (V,D), targets (N,), cap -> nats (N,), as FUSED_CE asks."""
+    if not cfg.compute.fused_ce:
+        return "plain", compiled_once(softcapped_nll_ref) if compiling else softcapped_nll_ref
+    if cfg.fuses_ce and device.type == "cuda" and has_triton():
+        if cfg.two_passes:
+            return "two_pass", functools.partial(fused_nll, two_pass_loss(), compiling)
+        fast = cfg.compute.ce_form == "approximate"
+        name = "approximate" if fast else "one_pass"
+        return name, functools.partial(fused_nll, one_pass_loss(fast), compiling)
+    return "chunked", functools.partial(softcapped_nll, fast=compiling)
+
+
+def loss_bytes(name: str, rows: int, vocab: int, item: int, gpu: bool) -> int:
+    """Bytes of the logits (rows,V), and of what is made of them, while the loss that pick_loss named runs.
+
+    `item` is the size of an activation's number. Plain: the logits and five float32 forms of them.
+    """
+    if name == "chunked":
+        return 3 * 4 * chunk_rows(rows, vocab, gpu) * vocab
+    return {"plain": item + 20, "two_pass": 2 * item}.get(name, item) * rows * vocab
+
+
+@functools.cache
+def squared_kernels() -> tuple:
+    """(by_tma, by_pointer): matrix products (R,K) x (C,K) -> (R,C) with a squared leaky ReLU at their end.
+
+    Forward writes the product and the square of its leaky ReLU; BACK reads such a product and multiplies
+    by the slope there (frontier 4.2). PROGRAMS stay and walk over tiles of M by N. by_tma takes descriptors
+    for Hopper's copy engine, of `pre` and `out` half a tile wide; by_pointer runs on any GPU.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def by_tma(  # noqa: ANN202, PLR0913
+        a, b, pre, out, rows, cols, inner, slope,  # noqa: ANN001
+        BACK: tl.constexpr, PROGRAMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ):  # fmt: skip
+        across = tl.cdiv(cols, N)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(rows, M) * across, PROGRAMS):
+            m, n = tile // across * M, tile % across * N
+            acc = tl.zeros((M, N), tl.float32)
+            for k in range(0, inner, K):
+                acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
+            halves = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
+            for half in tl.static_range(2):
+                at = n + half * (N // 2)
+                if BACK:
+                    x = pre.load([m, at]).to(tl.float32)
+                    out.store(
+                        [m, at], (2.0 * halves[half] * tl.where(x > 0, x, slope * slope * x)).to(out.dtype)
+                    )
+                else:
+                    half_tile = halves[half].to(pre.dtype)
+                    pre.store([m, at], half_tile)
+                    x = half_tile.to(tl.float32)
+                    y = tl.where(x > 0, x, slope * x)
+                    out.store([m, at], (y * y).to(out.dtype))
+
+    @triton.jit
+    def by_pointer(  # noqa: ANN202, PLR0913
+        a, b, pre, out, rows, cols, inner, slope,  # noqa: ANN001
+        BACK: tl.constexpr, PROGRAMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ):  # fmt: skip
+        across = tl.cdiv(cols, N)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(rows, M) * across, PROGRAMS):
+            i = tile // across * M + tl.arange(0, M)[:, None]
+            j = tile % across * N + tl.arange(0, N)[None, :]
+            acc = tl.zeros((M, N), tl.float32)
+            for k in range(0, inner, K):
+                c = k + tl.arange(0, K)
+                left = a + i.to(tl.int64) * inner + c[None, :]
+                right = b + j.to(tl.int64) * inner + c[:, None]
+                left = tl.load(left, mask=(i < rows) & (c < inner)[None, :], other=0.0)
+                acc = tl.dot(left, tl.load(right, mask=(j < cols) & (c < inner)[:, None], other=0.0), acc)
+            here = (i < rows) & (j < cols)
+            place = i.to(tl.int64) * cols + j
+            if BACK:
+                x = tl.load(pre + place, mask=here, other=0.0).to(tl.float32)
+                y = 2.0 * acc * tl.where(x > 0, x, slope * slope * x)
+                tl.store(out + place, y.to(out.dtype.element_ty), mask=here)
+            else:
+                tl.store(pre + place, acc.to(pre.dtype.element_ty), mask=here)
+                x = acc.to(pre.dtype.element_ty).to(tl.float32)
+                y = tl.where(x > 0, x, slope * x)
+                tl.store(out + place, (y * y).to(out.dtype.element_ty), mask=here)
+
+    return by_tma, by_pointer
+
+
+TMA_TILE = 128, 256, 64  # M, N, K of record 1886; 4 stages forward and 3 back fill 224 of Hopper's 227 KB
+
+
+def squared_product(a: Tensor, b: Tensor, pre: Tensor, slope: float, back: bool) -> Tensor:
+    """Launch on contiguous a (R,K), b (C,K), pre (R,C), which forward fills; returns (R,C)."""
+    (rows, inner), cols, out = a.shape, b.shape[0], torch.empty_like(pre)
+    tensors, sizes = (a, b, pre, out), (rows, cols, inner, slope, back)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
+    if takes_descriptors(a, b):
+        (m, n, k), stages = TMA_TILE, 3 if back else 4
+        views = descriptors(tensors, ([m, k], [n, k], [m, n // 2], [m, n // 2]))
+        squared_kernels()[0][programs,](*views, *sizes, programs, m, n, k, num_warps=8, num_stages=stages)
+    else:
+        tile = (128, 128, 32) if a.is_cuda else (32, 32, 32)
+        squared_kernels()[1][programs,](*tensors, *sizes, programs, *tile, num_warps=8, num_stages=3)
+    return out
+
+
+def takes_descriptors(a: Tensor, b: Tensor) -> bool:
+    """Hopper or later, and rows that begin at multiples of 16 bytes."""
+    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] >= 9
+    return hopper and a.dtype == torch.bfloat16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+
+
+def descriptors(tensors: tuple[Tensor, ...], blocks: tuple[list[int], ...]) -> list:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return [TensorDescriptor.from_tensor(t, block) for t, block in zip(tensors, blocks, strict=True)]
+
+
+def squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """x (N,D), up (H,D), down (D,H) of one dtype -> leaky_relu(x up^T)^2 down^T (N,D)."""
+    return F.leaky_relu(x @ up.T, slope).square() @ down.T
+
+
+@functools.cache
+def squared_operator() -> Callable:
+    """squared_mlp_ref by the Triton kernels: either way the activation costs no trip to memory of its own.
+
+    Returns what it gives, and for its backward x up^T and its squared leaky ReLU, (N,H) each.
+    """
+
+    @torch.library.custom_op("golf::squared_mlp", mutates_args=())
+    def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+        if runs_triton(x):
+            pre = x.new_empty(len(x), len(up))
+            post = squared_product(x.contiguous(), up.contiguous(), pre, slope, False)
+        else:
+            pre = x @ up.T
+            post = F.leaky_relu(pre, slope).square()
+        return post @ down.T, pre, post
+
+    @torch.library.custom_op("golf::squared_mlp_grad", mutates_args=())
+    def grad(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
+        if runs_triton(g):
+            return squared_product(g.contiguous(), down.T.contiguous(), pre, slope, True)
+        return (g @ down) * 2.0 * torch.where(pre > 0, pre, slope * slope * pre)
+
+    def keep(ctx: object, inputs: tuple, output: tuple) -> None:
+        ctx.slope = inputs[3]
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+
+    def differentiate(ctx: object, g: Tensor, *_: Tensor) -> tuple:
+        x, up, down, pre, post = ctx.saved_tensors
+        by_pre = grad(g, down, pre, ctx.slope)
+        return by_pre @ up, by_pre.T @ x, g.T @ post, None
+
+    def shapes(x: Tensor, up: Tensor, down: Tensor, _: float) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(x.new_empty(len(x), n) for n in (len(down), len(up), len(up)))
+
+    mlp.register_fake(shapes)
+    grad.register_fake(lambda g, down, pre, _: torch.empty_like(pre))
+    mlp.register_autograd(differentiate, setup_context=keep)
+    return mlp
+
+
+def squared_mlp() -> Callable:
+    """A function like squared_mlp_ref; bound once, as no compiler enters a cache."""
+    mlp = squared_operator()
+    return lambda x, up, down, slope: mlp(x, up, down, slope)[0]
 
 
 # ======================================================================================
@@ -2905,8 +3293,12 @@ ENERGY_STEPS = 4  # classes to a doubling of the expected magnitude; 2 and 8 wer
 
 
 def lanes_for(count: int) -> int:
-    """States in turn: a power of two, one for 512 symbols or more, at most 2,048; each costs 2 bytes."""
-    return 1 << min(11, max(0, (count >> 9).bit_length() - 1))
+    """States in turn: a power of two, at most 2,048; each costs 2 bytes, and few make many small steps.
+
+    One for 512 symbols in small pools, which would be slow otherwise, and for 8,192 in large ones.
+    """
+    lanes = min(count >> 9, max(256, count >> 13), 2048)
+    return 1 << max(0, lanes.bit_length() - 1)
 
 
 def to_shares(counts: np.ndarray) -> np.ndarray:
@@ -3395,7 +3787,7 @@ def make_mixer(cfg: Config, layer: int, attend: Callable) -> nn.Module:
 
 # ======================================================================================
 # 12. Feed-forward -- each token by itself
-# uses: Config Layers
+# uses: Config Kernels Layers
 # ======================================================================================
 
 
@@ -3408,11 +3800,22 @@ class MLP(nn.Module):
         tag = matrix_tag("mlp", cfg)
         self.fc = Proj(cfg.model.dim, cfg.model.hidden, tag)
         self.proj = Proj(cfg.model.hidden, cfg.model.dim, tag, zero=True)
+        if cfg.compute.fused_mlp:
+            self.fused = squared_mlp() if has_triton() else None
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
+        if self.cfg.compute.fused_mlp and self.fuses(x):
+            up, down = (p.effective(ctx.phase).to(x.dtype) for p in (self.fc, self.proj))
+            return Out(self.fused(x.flatten(0, -2), up, down, self.cfg.model.slope).view(x.shape), NO_AUX)
         h = self.fc(x, ctx.phase)
         h = F.leaky_relu(h, self.cfg.model.slope) if self.cfg.model.slope else F.relu(h)
         return Out(self.proj(h.square(), ctx.phase), NO_AUX)
+
+    def fuses(self, x: Tensor) -> bool:
+        """In training on a GPU, while nobody listens to the projections, if the kernel was found right."""
+        heard = self.fc.tap is not None or self.proj.tap is not None
+        trains = x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+        return trains and self.fused is not None and not heard
 
 
 def make_ffn(cfg: Config, layer: int) -> nn.Module:
@@ -3582,12 +3985,12 @@ class Ahead(nn.Module):
             Proj(cfg.model.dim, cfg.model.vocab, tag, zero=True) for _ in range(cfg.ahead.heads)
         )
 
-    def forward(self, hidden: Tensor, targets: Tensor, docs: Tensor | None, fast: bool) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, docs: Tensor | None, loss_of: Callable) -> Tensor:
         """Sum of the nats of all targets 2, 3, ... tokens ahead inside the segment, over heads times B*T."""
         found, loss = segment_numbers(targets, docs), 0.0
         for k, head in enumerate(self.heads, 1):
             near, far = hidden[:, :-k].flatten(0, 1), targets[:, k:].flatten()
-            nll = softcapped_nll(near, head.weight, far, self.cfg.model.softcap, fast)
+            nll = loss_of(near, head.weight, far, self.cfg.model.softcap)
             loss = loss + (nll * (found[:, :-k] == found[:, k:]).flatten()).sum()
         return loss / (targets.numel() * len(self.heads))
 
@@ -3605,11 +4008,12 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, world: World) -> None:
         super().__init__()
-        self.cfg, self.fast = cfg, False
+        self.cfg = cfg
         gpu = cfg.compute.device == "cuda" and not cfg.run.forecast
         self.attention_name, attend = pick_attention(
             world.device, world.dtype, world.compiling, cfg.data.packing, gpu, cfg.compute.attention
         )
+        self.loss_name, self.loss_of = pick_loss(cfg, world.device, world.compiling)
         self.embed = Embed(cfg, world.dtype)
         self.blocks = nn.ModuleList(make_block(cfg, i, attend) for i in range(cfg.model.layers))
         skips = max(layer_plan(cfg, n).skips for n in (0, cfg.loop.count))
@@ -3635,7 +4039,7 @@ class GPT(nn.Module):
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
         out = self.hidden(ctx)
         weight, cap = self.head_weight(ctx.phase), self.cfg.model.softcap
-        nll = softcapped_nll(out.y.flatten(0, 1), weight, targets.flatten(), cap, self.fast)
+        nll = self.loss_of(out.y.flatten(0, 1), weight, targets.flatten(), cap)
         return nll.view(targets.shape), out
 
     def head_weight(self, phase: Phase) -> Tensor:  # (V,D)
@@ -3793,8 +4197,15 @@ def activation_bytes(cfg: Config, world: World) -> int:
     nowhere = dataclasses.replace(world, device=torch.device("meta"))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         empty_model(cfg, nowhere).hidden(ctx)
-    logits = 3 * 4 * chunk_rows(tokens.numel(), cfg.model.vocab) * cfg.model.vocab
+    loss, item = pick_loss(cfg, world.device, False)[0], world.dtype.itemsize
+    logits = loss_bytes(loss, tokens.numel(), cfg.model.vocab, item, world.device.type == "cuda")
     return sum(t.untyped_storage().nbytes() for t in kept.values()) + logits
+
+
+# ======================================================================================
+# 15. Speed -- compiler, arithmetic and kernels that suit this machine
+# uses: Config Schedule World Kernels Layers Model
+# ======================================================================================
 
 
 def make_fast(model: GPT, world: World) -> GPT:
@@ -3826,7 +4237,6 @@ def make_fast(model: GPT, world: World) -> GPT:
             options |= {"emulate_precision_casts": True}
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False, options=options)
-        model.fast = True
     return model
 
 
@@ -3935,8 +4345,61 @@ def fastest(seconds: dict[tuple[str, bool], float], world: World) -> tuple[str, 
     return best
 
 
+def unlike(fast: Callable, plain: Callable, inputs: list[Tensor]) -> str:
+    """Why `fast` cannot stand for `plain` here, or nothing: results and gradients, to 1 % of their norm."""
+    if not has_triton():
+        return "triton is not installed"
+    from triton.errors import TritonError
+
+    sides = []
+    try:
+        for function, dtype in ((fast, inputs[0].dtype), (plain, torch.float32)):
+            leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+            y = function(*leaves)
+            sides.append([y, *torch.autograd.grad(y.float().square().mean(), leaves)])
+    except (TritonError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"
+    pairs = zip(*([t.detach().float() for t in side] for side in sides), strict=True)
+    worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return "" if worst <= 0.01 else f"its results are off by {worst:.3g} of their norm"
+
+
+def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
+    """Knob -> what is wrong with its kernel on this device, of those that the run would use."""
+    random, width = torch.Generator(world.device).manual_seed(0), cfg.model.dim
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device=world.device).to(world.dtype)
+
+    tried = {}
+    if cfg.fuses_ce:
+        targets = torch.arange(384, device=world.device) % cfg.model.vocab
+        both = model.loss_of, softcapped_nll_ref
+        forms = [functools.partial(f, targets=targets, cap=cfg.model.softcap) for f in both]
+        tried["FUSED_CE_ENABLED"] = unlike(*forms, [3.0 * draw(384, width), draw(cfg.model.vocab, width)])
+    if cfg.compute.fused_mlp and world.dtype == torch.bfloat16:
+        forms = [functools.partial(f, slope=cfg.model.slope) for f in (squared_mlp(), squared_mlp_ref)]
+        inputs = [draw(384, width), draw(cfg.model.hidden, width), draw(width, cfg.model.hidden)]
+        tried["FUSED_MLP"] = unlike(*forms, inputs)
+    return {name: why for name, why in tried.items() if why}
+
+
+def settle_kernels(model: GPT, cfg: Config, world: World) -> None:
+    """Hold each Triton kernel against its plain form on this device; do without one that fails, aloud."""
+    if FOLDED or world.device.type != "cuda":  # a built program has been a run before
+        return
+    failed = world.share(lambda: failing_kernels(model, cfg, world))
+    for name, why in failed.items():
+        world.log(f"kernel_left_out: {name} ({why}); the plain form runs instead, {name}=0 asks for it")
+    if "FUSED_CE_ENABLED" in failed:
+        model.loss_name, model.loss_of = "chunked", functools.partial(softcapped_nll, fast=world.compiling)
+    if "FUSED_MLP" in failed:
+        for block in model.blocks:
+            block.mlp.fused = None
+
+
 # ======================================================================================
-# 15. Objective -- weighted sum of losses by name
+# 16. Objective -- weighted sum of losses by name
 # uses: Config Data Layers Model Schedule
 # ======================================================================================
 
@@ -3952,13 +4415,13 @@ def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tens
     nll, out = model(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, phase), batch.targets)
     terms = {"nll": nll.mean(), **out.aux}
     if cfg.ahead.on:
-        terms["ahead"] = model.ahead(out.y, batch.targets, batch.docs, model.fast)
+        terms["ahead"] = model.ahead(out.y, batch.targets, batch.docs, model.loss_of)
     weights = loss_weights(cfg)
     return sum(weights[name] * loss for name, loss in terms.items()), terms
 
 
 # ======================================================================================
-# 16. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
+# 17. Optimizer -- Muon for matrices, Adam for the rest, both grouped by tag
 # uses: Config Schedule World Kernels Model
 # ======================================================================================
 
@@ -4273,7 +4736,7 @@ def shrinking(norm: Tensor, limit: float) -> Tensor:
 
 
 # ======================================================================================
-# 17. Checkpoint -- two generations, each complete or absent; nothing is unpickled
+# 18. Checkpoint -- two generations, each complete or absent; nothing is unpickled
 # uses: Config Journal Storage
 # ======================================================================================
 
@@ -4412,7 +4875,7 @@ def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
 
 
 # ======================================================================================
-# 18. Calibrate -- what every matrix sees, from training text, inside the training clock
+# 19. Calibrate -- what every matrix sees, from training text, inside the training clock
 # uses: Config Schedule World Clock Data Storage Layers Model
 # ======================================================================================
 
@@ -4491,8 +4954,8 @@ def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> f
 
 
 # ======================================================================================
-# 19. Train -- under rank 0's clock, and never past it
-# uses: Config Schedule World Clock Data Model Objective Optimizer Checkpoint Calibrate
+# 20. Train -- under rank 0's clock, and never past it
+# uses: Config Schedule World Clock Data Model Speed Objective Optimizer Checkpoint Calibrate
 # ======================================================================================
 
 
@@ -4805,8 +5268,8 @@ def report(t: Trainer, r: Report) -> None:
 
 
 # ======================================================================================
-# 20. Export -- every parameter ships as its tag says, in one file that explains itself
-# uses: Config Journal World Storage Coding Model
+# 21. Export -- every parameter ships as its tag says, in one file that explains itself
+# uses: Config Journal World Storage Coding Model Speed
 # ======================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
@@ -5190,7 +5653,7 @@ def scheme(cfg: Config) -> str:
 
 
 # ======================================================================================
-# 21. Evaluate -- every target exactly once; bits per byte
+# 22. Evaluate -- every target exactly once; bits per byte
 # uses: Config Schedule Journal World Data Kernels Layers Model Export
 # ======================================================================================
 
@@ -5349,7 +5812,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, cfg: Config, world: World) -> 
 
 
 # ======================================================================================
-# 22. Report -- what a run says of itself: log header, forecast, results.json, last table
+# 23. Report -- what a run says of itself: log header, forecast, results.json, last table
 # uses: Config Journal World Data Model Train Export Evaluate
 # ======================================================================================
 
@@ -5415,7 +5878,7 @@ def log_plan(model: GPT, cfg: Config, world: World) -> None:
     world.log(f"model_params:{param_count(model)}")
     world.log(
         f"attention_mode:gqa num_heads:{cfg.model.heads} num_kv_heads:{cfg.model.kv_heads} "
-        f"backend:{model.attention_name}"
+        f"backend:{model.attention_name} loss:{model.loss_name}"
     )
     world.log(
         f"tie_embeddings:{cfg.model.tied} embed_lr:{embed_lr} "
@@ -5571,8 +6034,8 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 
 # ======================================================================================
-# 23. Main -- the story on one page
-# uses: Config Schedule Journal World Clock Data Model Calibrate Train Export Evaluate Report
+# 24. Main -- the story on one page
+# uses: Config Schedule Journal World Clock Data Model Speed Calibrate Train Export Evaluate Report
 # ======================================================================================
 
 
@@ -5594,7 +6057,9 @@ def compiled_or_eager(t: Trainer, bos: int) -> Trainer:
     if not reasons:
         return t
     world = eagerly(reasons[0], t.cfg, t.world)
-    return Trainer(make_model(t.cfg, world), t.loader, t.cfg, world, t.source)
+    model = make_model(t.cfg, world)
+    settle_kernels(model, t.cfg, world)
+    return Trainer(model, t.loader, t.cfg, world, t.source)
 
 
 def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) -> Trainer:
@@ -5605,7 +6070,9 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     found = find_checkpoint(loader, cfg, world) if cfg.run.resume else None
     open_journal(cfg, world)
     world = resumed_speed(found, cfg, world) if cfg.run.resume else choose_speed(cfg, world)
-    t = Trainer(make_fast(make_model(cfg, world), world), loader, cfg, world, facts.sha256)
+    model = make_fast(make_model(cfg, world), world)
+    settle_kernels(model, cfg, world)
+    t = Trainer(model, loader, cfg, world, facts.sha256)
     if not FOLDED:
         t = compiled_or_eager(t, tokenizer.bos)
         world = t.world

@@ -89,7 +89,7 @@ def test_mean_of_the_nats_has_the_gradient_of_the_mean():
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 49, 50, 1000])
 def test_chunks_do_not_matter(rows, monkeypatch):
-    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab: min(rows, n))
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab, gpu: min(rows, n))
     args = (*problem(dtype=torch.float64), 30.0, torch.randn(50, dtype=torch.float64))
     for found, want in zip(ours(*args), truth(*args), strict=True):
         assert distance(found, want) <= 1e-14
@@ -100,7 +100,7 @@ def test_chunks_do_not_matter(rows, monkeypatch):
 
 def test_gradient_of_each_nat_alone_is_exact(monkeypatch):
     """gradcheck asks for one row at a time: upstream gradients that are not alike."""
-    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab: 3)
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab, gpu: 3)
     hidden, weight, targets = problem(7, 4, 5, torch.float64, scale=1.0)
     assert torch.autograd.gradcheck(
         lambda h, w: softcapped_nll(h, w, targets, 2.0, fast=False), (hidden, weight)

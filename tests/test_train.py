@@ -268,6 +268,7 @@ EFFECTS = {
         {"DEVICE": "cuda"}, {"DEVICE": "cpu"}, lambda run: (run.error, run.results.get("device"))
     ),
     "DTYPE": Effect({"DTYPE": "bfloat16"}),
+    "FUSED_CE_ENABLED": Effect({"FUSED_CE_ENABLED": 0}),
     "ATTENTION": Effect({"ATTENTION": "flash3"}, {"DEVICE": "cpu"}, error),
     "TRAIN_BATCH_TOKENS": Effect({"TRAIN_BATCH_TOKENS": 512}),
     "TRAIN_SEQ_LEN": Effect({"TRAIN_SEQ_LEN": 16}),
@@ -367,6 +368,8 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
     "COMPILE": "test_compile.py: it needs a C++ compiler, and its traces differ in the last bits",
     "COMPILE_MODE": "test_compile.py: nothing is compiled here, and its traces differ in the last bits",
     "COMPILE_CACHE": "test_compile.py: nothing is compiled here, and it takes two processes",
+    "FUSED_CE_FORM": "test_loss_is_chosen_by_knob_device_and_cap in test_triton.py: it takes a GPU",
+    "FUSED_MLP": "test_squared_mlp_fuses_in_training_on_a_gpu_alone in test_triton.py: it takes a GPU",
     "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",
     "DIST_TIMEOUT": "test_timeout_reaches_the_watchdog: nothing hangs in an honest run",
     "VAL_BATCH_TOKENS": "test_evaluate.py: the scores must not depend on it",

@@ -1400,7 +1400,7 @@ def start_job(job: dict) -> int:
 
 
 def last_line(text: str) -> str:
-    """What a program said last, before triton's bindings list, at every exit by an error, what they leaked."""
+    """What a program said last, before triton's bindings list what they leaked, as they do after errors."""
     lines = [line for line in text.split("\nnanobind: ")[0].splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it printed nothing"
 

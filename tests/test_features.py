@@ -445,7 +445,7 @@ def test_heads_ahead_are_scored_inside_the_segment_and_do_not_ship():
         nll = F.cross_entropy(logits[:-k], targets[0, k:], reduction="none")
         inside = [t + k < 3 or t >= 3 for t in range(8 - k)]
         loss += nll[torch.tensor(inside)].sum() / 16
-    assert torch.allclose(model.ahead(hidden, targets, docs, False), loss, rtol=1e-5)
+    assert torch.allclose(model.ahead(hidden, targets, docs, model.loss_of), loss, rtol=1e-5)
     shipped = {row[0]: row[1] for row in train_gpt.export(model, cfg).rows}
     assert shipped["ahead.heads.0.weight"] == "none"
     more = len(train_gpt.export(model, cfg).blob) - len(train_gpt.export(scrambled(config()), config()).blob)

@@ -19,9 +19,11 @@ TABLES = {  # records/bench/<name>.md -> the program that writes it, or what rec
     "artifact": "tests/bench/artifact.py",
     "cpu_ablation": "records/bench/cpu_ablation.sweep",
     "cpu_train": "tests/bench/cpu_train.py",
+    "gpu_suite": "tests/bench/gpu_suite.py",
     "reliability": "tests/bench/reliability.py",
     "run_local": "tests/bench/run_local.py",
 }
+NOT_RUN = {"gpu_suite"}  # tables that have no raw lines yet, and say so
 PARAMS = {"baseline": 17_059_912, "r1855": 35_945_671, "r1886": 35_989_658}  # published counts
 
 
@@ -34,7 +36,8 @@ def module(path: str):
 
 
 def raw_rows(name: str) -> list[dict]:
-    return [json.loads(x) for x in (ROOT / f"records/bench/raw/{name}.jsonl").read_text().splitlines()]
+    path = ROOT / f"records/bench/raw/{name}.jsonl"
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda p: p.name)
@@ -143,9 +146,11 @@ def test_record_folder_is_whole(folder):
 
 @pytest.mark.parametrize("name", [name for name, path in TABLES.items() if path.endswith(".py")])
 def test_table_is_rebuilt_from_its_raw_lines(name):
-    rows = raw_rows(name)
-    assert rows
-    assert (ROOT / f"records/bench/{name}.md").read_text() == module(TABLES[name]).render(rows)
+    """A table without lines is named in NOT_RUN, and has no number and no verdict."""
+    rows, table = raw_rows(name), (ROOT / f"records/bench/{name}.md").read_text()
+    assert bool(rows) == (name not in NOT_RUN)
+    assert table == module(TABLES[name]).render(rows)
+    assert rows or (table.startswith("Not run") and not re.search(r"\d|\bmet\b|missed|\|", table))
 
 
 @pytest.mark.parametrize("name", [name for name, path in TABLES.items() if path.endswith(".sweep")])

@@ -1,6 +1,6 @@
 """What tests/bench/gpu_suite.py measures besides the kernels of tests/bench/kernels.py: a function a section.
 
-Each takes a Bench and writes its lines as soon as it has them; what it could not finish in its box it leaves out.
+Each takes a Bench and writes its lines as soon as it has them; what its box has no room for it leaves out.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ PEAK = 989e12  # FLOP/s of an H100 or H200 in dense bfloat16, as published
 def ceilings(bench: Bench) -> None:
     """What this device reaches on work that is nothing else: the limits that all shares are of."""
     limits, found = measure_limits(bench)
+    bench.limits = limits
     if "bytes" in limits:
         t = found["copy"]
         bench.timing("copy", t)
@@ -80,7 +81,7 @@ def backends(bench: Bench) -> dict[str, Callable]:
         try:
             name, found[choice] = tg.pick_attention(bench.device, bench.dtype, False, choice=choice)
         except tg.UserError as error:
-            bench.missing(f"attention {choice}", str(error).split(";")[0])
+            bench.missing(f"attention {choice}", str(error).split("; ATTENTION=auto")[0])
         except BROKEN as error:
             bench.missing(f"attention {choice}", last_line(error))
         else:
@@ -99,13 +100,13 @@ def draw_documents(bench: Bench, tokens: int, length: int) -> Tensor:
 
 
 def check_attention(bench: Bench) -> None:
-    """Value and gradients of every backend inside documents, against SDPA in float32 of the same values."""
+    """Value and gradients of every backend inside documents, against SDPA in float64 of the same values."""
     tokens, length = bench.size(4096, 64), bench.size(LENGTH, 32)
     docs, heads = draw_documents(bench, tokens, length), draw_heads(bench, tokens)
     g, sides = bench.normal(1, tokens, HEADS, HEAD_DIM), {}
-    wide = [t.detach().float().requires_grad_() for t in heads]
+    wide = [t.detach().double().requires_grad_() for t in heads]
     y = tg.attend_segments_ref(*wide, docs)
-    want = [y, *torch.autograd.grad(y, wide, g.float())]
+    want = [y, *torch.autograd.grad(y, wide, g.double())]
     for name, attend in backends(bench).items():
         bench.want_time(f"attention {name}")
         with failures_told(bench, f"attention {name}"):
@@ -136,6 +137,8 @@ def attention(bench: Bench) -> None:
     for what, docs in cuts.items():
         flops = 3.5 * 4 * mean_context(docs.cpu()) * tokens * HEADS * HEAD_DIM
         cases = {name: case_of(attend, heads, g, (docs, length)) for name, attend in found.items()}
+        if "flex" in cases:
+            cases["flex"] = Case(cases["flex"], compiles=True)
         if what == "whole rows" and "sdpa" in cases:  # one call for all, which has no boundaries to mind
             folded = [t.detach().view(-1, length, *t.shape[2:]).requires_grad_() for t in heads]
             cases["sdpa"] = case_of(found["sdpa"], folded, g.view(folded[0].shape), (None, length))
@@ -156,12 +159,13 @@ def record(bench: Bench, **knobs: object) -> tg.Config:
     """The configuration of records/r1855 with some knobs otherwise; on a CPU with every size small."""
     env = read_env(ROOT / "records/r1855/env") | {k: str(v) for k, v in knobs.items()}
     small = {"VOCAB_SIZE": 320, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "ROPE_DIMS": 4,
-             "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 512, "COMPILE": 0, "DTYPE": "bfloat16", "DEVICE": "cpu"}
+             "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 512, "GRAD_ACCUM_STEPS": 2, "COMPILE": 0,
+             "DTYPE": "bfloat16", "DEVICE": "cpu"}
     return tg.read_config(env if bench.real else env | {k: str(v) for k, v in small.items()})
 
 
 def muon(bench: Bench) -> None:
-    """Orthogonalisation of all the record's matrices, shape by shape; and ternary weights at their bandwidth."""
+    """Orthogonalisation of all the record's matrices, shape by shape; and what ternary weights cost."""
     cfg, shapes = record(bench), {}
     for p in tg.group_params(tg.empty_model(cfg, world_of(bench)))["muon"].values():
         shapes[tuple(p.shape)] = shapes.get(tuple(p.shape), 0) + 1
@@ -169,8 +173,9 @@ def muon(bench: Bench) -> None:
     steps = cfg.optim.ns_steps
     flops = sum(count * newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
     fast = bench.place.compile(tg.polar_express)
-    forms = {"polar_express": tg.polar_express, "polar_express compiled": fast, "quintic": tg.orthogonalize}
-    found = bench.time({name: functools.partial(each_of, f, stacks, steps) for name, f in forms.items()})
+    forms = {"polar_express": tg.polar_express, "quintic": tg.orthogonalize, "polar_express compiled": fast}
+    runs = {name: functools.partial(each_of, f, stacks, steps) for name, f in forms.items()}
+    found = bench.time({name: Case(run, compiles="compiled" in name) for name, run in runs.items()})
     rate = bench.measured_limits().get("flops")
     for name, t in found.items():
         bench.timing(f"{name} x{steps}, all stacks", t, note=f"{flops / t.ms / 1e9:,.0f} TFLOP/s")
@@ -198,8 +203,9 @@ def ternary(bench: Bench) -> None:
     def quantised(w: Tensor) -> Tensor:
         return tg.Ternary().fake_quant(w).to(torch.bfloat16)
 
-    cases = {"eager": quantised, "compiled": bench.place.compile(quantised)}
-    found = bench.time({name: functools.partial(f, w) for name, f in cases.items()})
+    fast = bench.place.compile(quantised)
+    cases = {"eager": Case(lambda: quantised(w)), "compiled": Case(lambda: fast(w), compiles=True)}
+    found = bench.time(cases)
     speed = bench.measured_limits().get("bytes")
     for name, t in found.items():
         aim = ["<=", 0.2, H200] if name == "compiled" else None
@@ -244,11 +250,13 @@ def train_as(bench: Bench, who: str, knobs: dict, count: int) -> dict[int, float
     tg.settle_kernels(model, cfg, world)
     t = tg.Trainer(model, None, cfg, world, "")
     fused = all(block.mlp.fused is not None for block in model.blocks) if cfg.compute.fused_mlp else False
-    bench.row(f"{who}: what ran", None, "", note=f"attention {model.attention_name}, loss {model.loss_name}, MLP "
-              f"{'fused' if fused else 'plain'}, compiled {int(world.compiling)}, {tg.param_count(model):,} "
-              f"parameters, MATRIX_INIT=uniform")
+    note = f"attention {model.attention_name}, loss {model.loss_name}, MLP {'fused' if fused else 'plain'}, "
+    note += f"compiled {int(world.compiling)}, {tg.param_count(model):,} parameters, MATRIX_INIT=uniform"
+    bench.row(f"{who}: what ran", None, "", note=note)
     rows = [draw_row(cfg.data.span, cfg.model.vocab, bench.size(MEAN, 12), i) for i in range(cfg.data.spans)]
-    batches = [tg.to_device(tg.packed([row], tg.BOS, cfg.data.seq_len), world) for row in rows]
+    each = cfg.data.spans // tg.micro_batches(cfg, 1)
+    groups = [rows[i : i + each] for i in range(0, len(rows), each)]
+    batches = [tg.to_device(tg.packed(group, tg.BOS, cfg.data.seq_len), world) for group in groups]
     context = statistics.mean(mean_context(b.docs.cpu()) for b in batches)
     speeds: dict[int, float] = {}
     for phase in tg.warm_phases(cfg):
@@ -285,10 +293,12 @@ def report_training(
     bench: Bench, who: str, cfg: tg.Config, loops: int, context: float, found: Stretch
 ) -> float:
     """Lines of one stretch -> tokens/s, by the clock over all of its steps."""
-    steps, name = len(found.ms), f"{who}, {'before' if loops == 0 else 'after'} looping ({loops} loops)"
+    steps, when = len(found.ms), "before" if loops == 0 else "after"
+    name = f"{who}, {when} looping ({loops} loops)"
     speed = steps * cfg.data.batch_tokens / found.seconds
     aims = {0: 1.15e6, cfg.loop.count: 0.80e6} if who == "ours" else {}
-    tokens = f"{cfg.data.spans} micro-batches of {cfg.data.span:,} tokens, already on the device"
+    each = cfg.data.batch_tokens // tg.micro_batches(cfg, 1)
+    tokens = f"micro-batches of {each:,} tokens, {cfg.data.batch_tokens:,} a step, already on the device"
     aim = [">=", aims[loops], H200] if loops in aims else None
     bench.row(f"{name}: tokens/s", speed, "tokens/s", aim=aim, n=steps, note=tokens)
     timing = Timing(statistics.median(found.ms), min(found.ms), max(found.ms), steps)
@@ -299,7 +309,8 @@ def report_training(
     rate = bench.measured_limits().get("flops")
     if rate:
         aim = [">=", 0.38] if who == "ours" else None
-        bench.row(f"{name}: MFU of the matmul rate measured here", flops * speed / rate, "of 1", aim=aim, note=note)
+        share = flops * speed / rate
+        bench.row(f"{name}: MFU of the matmul rate measured here", share, "of 1", aim=aim, note=note)
     bench.row(f"{name}: peak memory", bench.place.peak_bytes() / 2**30, "GiB")
     losses = torch.stack(found.figures).cpu()
     bench.row(f"{name}: steps that were not finite", int((losses[:, 2] == 0).sum()), "steps", aim=["<=", 0],
@@ -313,7 +324,7 @@ def report_training(
 
 
 def artifact(bench: Bench) -> None:
-    """Decode what is as large as a record's artifact, to a model on the device: by the clock, not by events."""
+    """Decode what is as large as a record's artifact, to a model on the device; by the clock."""
     cfg = record(bench, COMPRESSOR="rans")
     world = world_of(bench)
     host = tg.World(0, 1, torch.device("cpu"), bench.dtype, False, tg.Journal(None), ROOT)

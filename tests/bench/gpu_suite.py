@@ -1,13 +1,13 @@
-"""Everything a GPU can tell, in one command of less than nine minutes: what was aimed at, and what was reached.
+"""Everything a GPU can tell, in one command of less than nine minutes: what was aimed at, what was reached.
 
     python tests/bench/gpu_suite.py                            # all sections, to runs/gpu_suite
     python tests/bench/gpu_suite.py --only training --out DIR
     python tests/bench/gpu_suite.py --dry                      # the same code at tiny sizes on a CPU
 
-Sections run one after another, each in a box of seconds, in a process of their own kind: one that raises, hangs or
-takes the device down is that section's result, and the next one starts afresh. Every line goes to
-DIR/gpu_suite.jsonl the moment it is known; the table, DIR/gpu_suite.md, is made from those lines alone. To keep a
-run, move them to records/bench/raw and records/bench. torch, triton, numpy and sentencepiece are enough.
+Sections run one after another in a child process, each in a box of seconds. One that raises, hangs or takes
+the device down has that as its result, and the next one gets a new child. Every line goes to
+DIR/gpu_suite.jsonl the moment it is known; the table, DIR/gpu_suite.md, is made from those lines alone. To
+keep a run, move them to records/bench/raw and records/bench. It wants torch, triton, numpy and sentencepiece.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_RUN = "Not run on a GPU.\n\n    python tests/bench/gpu_suite.py\n"
 
 class Section(NamedTuple):
     box: float  # seconds
-    load: Callable[[], Callable]  # what gives the function, which is asked in the child alone: it brings torch
+    load: Callable[[], Callable]  # gives its function; asked in the child alone, for it brings torch
 
 
 def of_sections(name: str) -> Section:
@@ -57,7 +57,7 @@ BOXES = {
     "attention": 40.0,
     "muon": 30.0,
     "training": 150.0,
-    "artifact": 20.0,
+    "artifact": 30.0,
 }
 SECTIONS = {name: of_sections(name) for name in BOXES}
 
@@ -76,9 +76,8 @@ def append(path: Path, row: dict) -> None:
 def work(names: list[str], lines: Path, run: str, dry: bool) -> int:
     """Run sections in this process; the status says whether the last one left it usable."""
     functions = {name: SECTIONS[name].load() for name in names}
-    from gpu_timing import Bench, BoxEndedError, Gpu, Host, last_line, machine
-
     import torch
+    from gpu_timing import Bench, BoxEndedError, Gpu, Host, last_line, machine
 
     place = Host() if dry or not torch.cuda.is_available() else Gpu()
     mark = {"run": run} | ({} if place.real else {"dry": True})
@@ -100,12 +99,21 @@ def work(names: list[str], lines: Path, run: str, dry: bool) -> int:
             traceback.print_exc()
             state = {"state": "raised", "error": last_line(error)}
         append(lines, {"section": name, **state, "seconds": round(time.monotonic() - begin, 1), **mark})
-        if state["state"] == "raised":
-            return 1  # a context that has seen an error is not asked again
+        if state["state"] == "raised" and not usable(place):
+            return 1
         limits = bench.limits
         place.empty_cache()
         torch._dynamo.reset()
     return 0
+
+
+def usable(place: object) -> bool:
+    """Whether the device still does what it is told; after some errors no process of this context can."""
+    try:
+        place.synchronize()
+    except Exception:  # noqa: BLE001 -- whatever it is, a new child has to be made
+        return False
+    return True
 
 
 def known_limits(lines: Path, run: str) -> dict[str, float]:
@@ -137,7 +145,8 @@ class Watch:
         self.log = out / "gpu_suite.log"
         with self.log.open("wb") as log:
             command = [sys.executable, sys.argv[0], "--child", *names, *words]
-            self.child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=caches())
+            streams = {"stdout": log, "stderr": log}
+            self.child = subprocess.Popen(command, **streams, start_new_session=True, env=caches())
 
     def look(self) -> None:
         """Take in what has been written since, and print it."""
@@ -145,7 +154,8 @@ class Watch:
         for row in rows[self.seen :]:
             state = row.get("state")
             if state == "begun":
-                self.doing, self.deadline = row["section"], time.monotonic() + SECTIONS[row["section"]].box
+                self.doing, self.raised = row["section"], False
+                self.deadline = time.monotonic() + SECTIONS[row["section"]].box
             elif state:
                 self.names.remove(row["section"])
                 self.doing, self.deadline = "", time.monotonic() + START
@@ -225,7 +235,7 @@ def verdict(row: dict, device: str) -> str:
         return "-"
     sign, number, *whose = row["aim"]
     if whose and whose[0] not in device:
-        return f"not an {whose[0]}"
+        return f"no {whose[0]}"
     reached = row["measured"] <= number if sign == "<=" else row["measured"] >= number
     return "met" if reached else "missed"
 
@@ -255,8 +265,14 @@ def short(row: dict) -> str:
     return f"{row['section']}: {row['what']}: {shown(row)}{note}"
 
 
+ABOUT = (
+    "Times by CUDA events, after warm-up, cases in turn, the cache flushed before each: median, least and "
+    "most of n. An aim that names a device holds for that device alone."
+)
+
+
 def render(rows: list[dict]) -> str:
-    """The table: of each section what the last run says that has it. Dry lines count only where all are dry."""
+    """The table: of each section what the last run with it says. Dry lines count only where all are dry."""
     rows = [row for row in rows if not row.get("dry")] or rows
     if not rows:
         return NOT_RUN
@@ -266,9 +282,8 @@ def render(rows: list[dict]) -> str:
         lines += [head(run, [row for row in rows if row["run"] == run]), ""]
     if any(row.get("dry") for row in rows):
         lines += ["dry run, no GPU: not measured", ""]
-    lines += ["Times by CUDA events, after warm-up, cases in turn, the cache flushed before each: median, least and "
-              "most of n. An aim that names a device holds for that device alone.", ""]
-    for name in [*(n for n in BOXES if n in runs), *(n for n in runs if n not in {*BOXES, "machine", "command"})]:
+    lines += [ABOUT, ""]
+    for name in sorted(runs.keys() - {"machine", "command"}, key=list(BOXES | runs).index):
         lines += section([row for row in rows if row["section"] == name and row["run"] == runs[name]],
                          device_of(rows, runs[name]))
     left = [name for name in BOXES if name not in runs]
@@ -305,12 +320,13 @@ def section(rows: list[dict], device: str) -> list[str]:
 
 
 def table_row(row: dict, device: str) -> str:
-    aim = f"{row['aim'][0]} {row['aim'][1]:,g}" + "".join(f" ({w})" for w in row["aim"][2:]) if "aim" in row else "-"
+    sign, least, *whose = row.get("aim", ("-", None))
+    aim = sign if least is None else " ".join([sign, number(least), *(f"({name})" for name in whose)])
     spread = " to ".join(number(x) for x in row["spread"]) if "spread" in row else "-"
-    measured = "not measured" if row.get("dry") and row["measured"] is not None else shown(row)
-    if row.get("dry"):
-        spread = "-"
-    cells = (row["what"], aim, measured, verdict(row, device), spread, row.get("n", "-"), row.get("note", "-"))
+    rest = (shown(row), verdict(row, device), spread, row.get("n", "-"), row.get("note", "-"))
+    if row.get("dry") and row["measured"] is not None:
+        rest = ("not measured", "dry", "-", "-", "-")
+    cells = (row["what"], aim, *rest)
     return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
 
 
@@ -339,13 +355,14 @@ def main() -> int:
     names = [name for name in SECTIONS if name in (args.only or SECTIONS)]
     only = f" --only {' '.join(args.only)}" if args.only else ""
     command = f"python tests/bench/gpu_suite.py{only}{' --dry' if args.dry else ''}"
-    append(lines, {"section": "command", "command": command, "run": run} | ({"dry": True} if args.dry else {}))
+    dry = {"dry": True} if args.dry else {}
+    append(lines, {"section": "command", "command": command, "run": run, **dry})
     try:
         run_sections(names, args.out, ["--dry"] if args.dry else [], run)
     finally:
         table = render(read_lines(lines))
         (args.out / "gpu_suite.md").write_text(table)
-        print(table)
+        print(table, flush=True)
     ends = [row.get("state") for row in read_lines(lines) if row["run"] == run]
     return 1 if {"raised", "fell"} & set(ends) else 0
 

@@ -1,8 +1,8 @@
 """What the GPU benchmarks share: a device that can be timed, a box of seconds, and the lines they write.
 
-`Gpu` and `Host` have one interface. Host is for dry runs: it executes the same code at tiny sizes on a CPU, with
-the operators' plain twins, so that nothing but CUDA's events waits for a GPU to be tried. What it times means
-nothing, and every line says so.
+`Gpu` and `Host` have one interface. Host is for dry runs: it executes the same code at tiny sizes on a CPU,
+with the operators' plain twins, so that nothing but CUDA's events waits for a GPU to be tried. What it times
+means nothing, and every line says so.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import train_gpt as tg  # noqa: E402
 CAP = 30.0  # LOGIT_SOFTCAP of the records
 LEAST = 10  # samples that a median wants
 ROUNDS = 20
+RESERVE, COMPILING = 3.0, 15.0  # seconds of a box without which no further case, or compilation, is begun
 BROKEN = (Exception,)  # whatever a kernel or a compiler raises, it is that case's result
 
 
@@ -49,6 +50,7 @@ class Case(NamedTuple):
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    compiles: bool = False  # takes long the first time
 
 
 class Gpu:
@@ -159,11 +161,14 @@ def machine(place: Gpu | Host) -> dict:
 class Bench:
     """One section at work: its device, its seconds, and where its lines go."""
 
-    def __init__(self, section: str, place: Gpu | Host, seconds: float, write: Callable[[dict], None]) -> None:
+    def __init__(
+        self, section: str, place: Gpu | Host, seconds: float, write: Callable[[dict], None]
+    ) -> None:
         self.section, self.place, self.write = section, place, write
         self.device, self.dtype, self.real = place.device, place.dtype, place.real
         self.deadline = time.monotonic() + seconds
         self.limits: dict[str, float] = {}  # bytes/s and FLOP/s that this run has measured
+        self.told: set[tuple[str, str]] = set()
 
     # ---------------------------------------------------------------------------------- seconds and sizes
 
@@ -181,10 +186,11 @@ class Bench:
     # ---------------------------------------------------------------------------------- lines
 
     def row(self, what: str, measured: float | None, unit: str, **more: object) -> None:
-        """A line of the table. more: aim ("<=" or ">=", number, device whose it is), spread, n, note, error."""
+        """A line of the table. more: aim (sign, number, perhaps its device), spread, n, note."""
         dry = {} if self.real else {"dry": True}
         kept = {key: value for key, value in more.items() if value is not None and value != ""}
-        self.write({"section": self.section, "what": what, "measured": measured, "unit": unit, **kept, **dry})
+        line = {"section": self.section, "what": what, "measured": measured, "unit": unit}
+        self.write(line | kept | dry)
 
     def timing(self, what: str, t: Timing | None, **more: object) -> None:
         """A line in milliseconds, if the case ran."""
@@ -197,29 +203,37 @@ class Bench:
             self.row(what, round(over / under, 4), "x", **more)
 
     def missing(self, what: str, why: str) -> None:
-        self.row(what, None, "", missing=why)
+        """One line, however often it is said."""
+        if (what, why) not in self.told:
+            self.row(what, None, "", missing=why)
+        self.told.add((what, why))
 
     def failed(self, what: str, error: Exception) -> None:
         self.row(what, None, "", error=last_line(error))
 
     # ---------------------------------------------------------------------------------- time
 
-    def time(self, cases: dict[str, Callable | Case], rounds: int = ROUNDS) -> dict[str, Timing]:
+    def time(self, cases: dict[str, Callable | Case]) -> dict[str, Timing]:
         """Name -> timing, of those cases that run: each once in turn, round after round.
 
         A case that fails gets a line that says why, and the others go on. Raises BoxEndedError, and what the
         device raises when it has been left unusable.
         """
-        ready = {}
+        ready: dict[str, Case] = {}
         for name, case in cases.items():
             case = case if isinstance(case, Case) else Case(case)
+            if not ready:
+                self.want_time(", ".join(cases))
+            elif self.left() < (COMPILING if case.compiles else RESERVE):
+                self.missing(name, "not measured: the box was nearly over")
+                continue
             if self.warm(name, case):
                 ready[name] = case
         samples: dict[str, list[float]] = {name: [] for name in ready}
-        for done in range(rounds if self.real else 3):
+        rounds = ROUNDS if self.real else 3
+        for done in range(rounds if ready else 0):
             if self.left() <= 0 and done >= LEAST:
                 break
-            self.want_time(", ".join(ready))
             waits = [(name, self.place.queue(case)) for name, case in ready.items()]
             for name, wait in waits:
                 samples[name].append(wait())
@@ -227,7 +241,6 @@ class Bench:
 
     def warm(self, name: str, case: Case) -> bool:
         """Run a case until it is compiled and steady; whether it can run."""
-        self.want_time(name)
         try:
             for _ in range(3 if self.real else 1):
                 case.prepare()
@@ -246,7 +259,7 @@ class Bench:
         return torch.randn(*shape, device=self.device, dtype=torch.float32).mul_(scale).to(self.dtype)
 
     def measured_limits(self) -> dict[str, float]:
-        """{"bytes": bytes/s of a copy, "flops": FLOP/s of 8192^3}; measured here if no earlier section has."""
+        """{"bytes": bytes/s of a copy, "flops": FLOP/s of 8192^3}, measured here if not before."""
         if not self.limits:
             self.limits = measure_limits(self)[0]
         return self.limits
@@ -270,8 +283,8 @@ def measure_limits(bench: Bench) -> tuple[dict[str, float], dict[str, Timing]]:
 
 
 def flops_per_token(cfg: tg.Config, loops: int, context: float = 600.0) -> float:
-    """Model FLOP of training on one token: six for each visit of a weight, the head's included, and 3.5 times
-    attention's forward. `context` is how many keys a query sees on average."""
+    """Model FLOP of training on one token: six for each visit of a weight, the head's included, and 3.5
+    times attention's forward. `context` is how many keys a query sees on average."""
     model = cfg.model
     kv = model.kv_heads * model.head_dim
     matrices = 2 * model.dim**2 + 2 * model.dim * kv + 2 * model.dim * model.hidden

@@ -3,9 +3,9 @@
     python tests/bench/kernels.py                                     # all of them, at the record's sizes
     python tests/bench/kernels.py --kernel one_pass --rows 65536 --vocab 8192
 
-On a GPU each is held against float64 and timed against its plain form and torch.compile of that. On a CPU speed
-means nothing, so correctness alone is looked at: by tests/interpret.py, in Triton's interpreter, at its own sizes.
-tests/bench/gpu_suite.py runs the same sections within its boxes.
+On a GPU each is held against float64 and timed against its plain form and torch.compile of that. On a CPU
+speed means nothing, so correctness alone is looked at: by tests/interpret.py, in Triton's interpreter, at its
+own sizes. tests/bench/gpu_suite.py runs the same sections within its boxes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import BROKEN, CAP, ROOT, Bench, Case, Gpu, Host, last_line, machine
+from gpu_timing import BROKEN, CAP, ROOT, Bench, Case, Gpu, last_line, machine
 from torch import Tensor
 
 import train_gpt as tg
@@ -78,7 +78,8 @@ def plain_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 def distance(found: Tensor, want: Tensor) -> float:
     """Of two tensors, in units of the second one's norm."""
-    return float((found.detach().double() - want.double()).norm() / want.double().norm())
+    want = want.detach().double()
+    return float((found.detach().double() - want).norm() / want.norm())
 
 
 def takes(form: str, vocab: int) -> bool:
@@ -90,7 +91,7 @@ def draw_targets(bench: Bench, rows: int, vocab: int) -> Tensor:
 
 
 def check_loss(bench: Bench, form: str, rows: int, vocab: int) -> None:
-    """Nats and slopes of a kernel against float64 of the same logits; every seventh target is to be ignored."""
+    """Nats and slopes of a kernel against float64 of the same logits; every seventh target is ignored."""
     bench.want_time(f"{form} {rows}x{vocab}")
     name = f"{form} {rows:,} x {vocab:,}"
     logits, targets = bench.normal(rows, vocab, scale=20.0), draw_targets(bench, rows, vocab)
@@ -157,12 +158,11 @@ def time_loss(bench: Bench, rows: int, vocab: int, forms: tuple[str, ...] = LOSS
             run = functools.partial(one_pass_in_place, place.detach(), targets, fast)
             cases[form] = Case(run, refill)
     cases |= {"eager": Case(differentiated(plain_nats), refill)}
-    cases |= {"torch.compile": Case(differentiated(compiled), refill)}
+    cases |= {"torch.compile": Case(differentiated(compiled), refill, compiles=True)}
     liger = liger_loss(bench)
     if liger:
         cases["Liger"] = Case(lambda: torch.autograd.grad(liger(place, targets), place), refill)
-    found = bench.time(cases)
-    report_loss(bench, f"{rows:,} x {vocab:,}", logits.numel(), found)
+    report_loss(bench, rows, vocab, bench.time(cases))
 
 
 def liger_loss(bench: Bench) -> Callable | None:
@@ -179,25 +179,26 @@ def liger_loss(bench: Bench) -> Callable | None:
     return None
 
 
-def report_loss(bench: Bench, shape: str, logits: int, found: dict) -> None:
+def report_loss(bench: Bench, rows: int, vocab: int, found: dict) -> None:
     """Milliseconds, and their share of what the bytes alone take at this run's copy bandwidth: 4 bytes a
     logit, one bfloat16 read and one written. Two passes read twice."""
-    speed = bench.measured_limits().get("bytes")
+    speed, shape, logits = bench.measured_limits().get("bytes"), f"{rows:,} x {vocab:,}", rows * vocab
+    usual = vocab == bench.size(8192, 40)  # the vocabulary that the aims are for
     for name, t in found.items():
-        first = name == "one_pass"
-        aim = ["<=", 0.60, H200] if first and shape == "65,536 x 8,192" else None
+        ours = name == "one_pass" and usual
         moved = logits * (6 if name == "two_pass" else 4)
         note = "the kernel alone" if name in {"one_pass", "approximate"} else "forward and backward"
         if name in LOSSES and speed:
-            note += f"; {moved / t.ms / 1e6:,.0f} GB/s, {100 * moved / t.ms * 1000 / speed:.0f} % of the copy's"
+            share = 100 * moved / t.ms * 1000 / speed
+            note += f"; {moved / t.ms / 1e6:,.0f} GB/s, {share:.0f} % of the copy's"
+        aim = ["<=", 0.60, H200] if ours and rows == bench.size(65536, 16) else None
         bench.timing(f"{name} {shape}", t, aim=aim, note=note)
         if speed:
-            over = t.ms / (4 * logits / speed * 1000)
-            bench.row(f"{name} {shape}: over the bytes' time", round(over, 4), "x",
-                      aim=["<=", 1.20] if first and shape.endswith(" 8,192") else None)
+            aim = ["<=", 1.20] if ours else None
+            bench.ratio(f"{name} {shape}: over the bytes' time", t.ms, 4 * logits / speed * 1000, aim=aim)
     ms = {name: t.ms for name, t in found.items()}
     for other, least in (("two_pass", 1.5), ("eager", 10.0), ("torch.compile", None), ("Liger", None)):
-        aim = [">=", least] if least and shape.endswith(" 8,192") else None
+        aim = [">=", least] if least and usual else None
         bench.ratio(f"{other} / one_pass {shape}", ms.get(other), ms.get("one_pass"), aim=aim)
 
 
@@ -208,13 +209,16 @@ def time_head(bench: Bench, rows: int, vocab: int, forms: tuple[str, ...] = LOSS
     weight = torch.randn(vocab, width, device=bench.device).mul_(0.3).requires_grad_()
     targets = draw_targets(bench, rows, vocab)
     losses = {form: whole_losses(form) for form in forms if takes(form, vocab)}
-    losses |= {"chunked": functools.partial(tg.softcapped_nll, fast=bench.real)}
     losses |= {"eager": tg.softcapped_nll_ref, "torch.compile": bench.place.compile(tg.softcapped_nll_ref)}
+    losses |= {"chunked": functools.partial(tg.softcapped_nll, fast=bench.real)}
 
-    def case(loss: Callable) -> Callable:
-        return lambda: torch.autograd.grad(loss(hidden, weight, targets, CAP).mean(), (hidden, weight))
+    def case(name: str, loss: Callable) -> Case:
+        def run() -> tuple:
+            return torch.autograd.grad(loss(hidden, weight, targets, CAP).mean(), (hidden, weight))
 
-    found = bench.time({name: case(loss) for name, loss in losses.items()})
+        return Case(run, compiles=name in {"torch.compile", "chunked"})
+
+    found = bench.time({name: case(name, loss) for name, loss in losses.items()})
     limits, flops = bench.measured_limits(), 6 * rows * width * vocab
     for name, t in found.items():
         note = ""
@@ -296,22 +300,21 @@ def time_mlp(bench: Bench, rows: int, way_names: list[str]) -> None:
     up = bench.normal(hidden, width, scale=width**-0.5).requires_grad_()
     down = bench.normal(width, hidden, scale=hidden**-0.5).requires_grad_()
 
-    def case(function: Callable, way: str) -> Callable:
-        def run() -> object:
+    def case(function: Callable, way: str = "by_tma", compiles: bool = False) -> Case:
+        def run() -> tuple:
             with descriptors_or_not(way):
                 return torch.autograd.grad(function(x, up, down, SLOPE), (x, up, down), g)
 
-        return run
+        return Case(run, compiles=compiles)
 
-    plain = {"eager": tg.squared_mlp_ref, "torch.compile": bench.place.compile(tg.squared_mlp_ref)}
-    cases = {way: case(tg.squared_mlp(), way) for way in way_names}
-    cases |= {name: case(function, "by_tma") for name, function in plain.items()}
+    cases = {way: case(tg.squared_mlp(), way) for way in way_names} | {"eager": case(tg.squared_mlp_ref)}
+    cases["torch.compile"] = case(bench.place.compile(tg.squared_mlp_ref), compiles=True)
     found = bench.time(cases)
     rate, flops = bench.measured_limits().get("flops"), 12 * rows * width * hidden
     shape = f"{rows:,} x {width} x {hidden:,}"
     for name, t in found.items():
         ours = name == way_names[0]
-        aim = ["<=", 1.45, H200] if ours and rows == 65536 else None
+        aim = ["<=", 1.45, H200] if ours and rows == bench.size(65536, 64) else None
         bench.timing(f"{name} {shape}", t, aim=aim, note=f"{flops / t.ms / 1e9:,.0f} TFLOP/s")
         if rate:
             share = flops / t.ms * 1000 / rate
@@ -424,6 +427,8 @@ def on_a_gpu(kernel: str, rows: int, vocab: int) -> None:
         for way in ways(bench):
             check_mlp(bench, way, min(rows, 4096), WIDTH, HIDDEN)
         time_mlp(bench, rows, ways(bench))
+    elif not takes(kernel, vocab):
+        print(f"{kernel} takes rows of up to {tg.WHOLE_ROW:,} logits")
     else:
         check_loss(bench, kernel, min(rows, 4096), vocab)
         check_head(bench, kernel, min(rows, 4096), vocab)
@@ -448,7 +453,8 @@ INTERPRETED = {  # kernel -> the cases of tests/interpret.py that run it
 
 
 def interpreted_figures() -> dict:
-    run = subprocess.run([sys.executable, ROOT / "tests/interpret.py"], capture_output=True, text=True, check=True)
+    command = [sys.executable, ROOT / "tests/interpret.py"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
 

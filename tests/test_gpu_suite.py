@@ -89,6 +89,16 @@ def test_all_aims_of_the_plan_are_held(dry):
     }
 
 
+def test_sections_are_chosen_by_name_and_keep_their_order(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(gpu_suite, "run_sections", lambda names, *rest: asked.append((names, rest[1])))
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--only", "training", "mlp"])
+    assert gpu_suite.main() == 0
+    assert asked == [(["mlp", "training"], [])]
+    command = gpu_suite.read_lines(tmp_path / "gpu_suite.jsonl")[0]["command"]
+    assert command == "python tests/bench/gpu_suite.py --only training mlp"
+
+
 def test_boxes_fit_in_eight_minutes():
     assert sum(gpu_suite.BOXES.values()) <= 480
     assert list(gpu_suite.SECTIONS) == list(gpu_suite.BOXES)
@@ -112,6 +122,9 @@ PLANTED = """
         bench.deadline = time.monotonic() - 1
         bench.want_time("the rest")
 
+    def hasty(bench):
+        bench.left_out.append("the slow one")
+
     def broken(bench):
         bench.place.synchronize = lambda: 1 / 0
         raise ValueError("the device is lost")
@@ -122,7 +135,7 @@ PLANTED = """
     def good(bench):
         bench.row("after all of them", 3.0, "ms", aim=["<=", 4.0])
 
-    functions = (raising, hanging, late, broken, falling, good)
+    functions = (raising, hanging, late, hasty, broken, falling, good)
     gpu_suite.SECTIONS = {{f.__name__: gpu_suite.Section(1.0, lambda f=f: f) for f in functions}}
     sys.exit(gpu_suite.main())
 """
@@ -133,13 +146,14 @@ def test_a_section_that_goes_wrong_is_a_result_and_the_rest_still_run(tmp_path):
     program.write_text(textwrap.dedent(PLANTED.format(bench=str(ROOT / "tests/bench"), root=str(ROOT))))
     done, rows = suite(tmp_path, "--dry", program=program)
     assert done.returncode == 1
-    states = {"raising": "raised", "hanging": "cut", "late": "cut", "broken": "raised"}
+    states = {"raising": "raised", "hanging": "cut", "late": "cut", "hasty": "cut", "broken": "raised"}
     states |= {"falling": "fell", "good": "done"}
     assert ends(rows) == states
     errors = {row["section"]: row.get("error") for row in rows if row.get("state", "begun") != "begun"}
     assert errors["raising"] == "ValueError: planted fault"
     assert errors["hanging"] == "its box of 1 s was over"
     assert errors["late"] == "not measured any more: the rest"
+    assert errors["hasty"] == "left out: the slow one"
     assert errors["falling"].startswith("its process ended with status 7")
     assert [row["section"] for row in rows].count("machine") == 4  # anew after hanging, broken and falling
     said = [row["what"] for row in rows if "what" in row]
@@ -404,6 +418,7 @@ def test_nothing_is_compiled_when_little_of_the_box_is_left():
     never = gpu_timing.Case(lambda: pytest.fail("it was compiled"), compiles=True)
     assert list(bench.time({"good": lambda: None, "slow": never})) == ["good"]
     assert [(r["what"], r["missing"]) for r in rows] == [("slow", "not measured: the box was nearly over")]
+    assert bench.left_out == ["slow"]
     bench.deadline = 0.0
     with pytest.raises(gpu_timing.BoxEndedError, match="not measured any more: good"):
         bench.time({"good": lambda: None})

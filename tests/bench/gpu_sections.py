@@ -28,7 +28,7 @@ from gpu_timing import (
     measure_limits,
     read_env,
 )
-from kernels import H200, HIDDEN, WIDTH, distance, failures_told, world_of
+from kernels import H200, HIDDEN, WIDTH, check_mlp, distance, failures_told, told_ways, world_of
 from kernels import correctness as kernels_correctness
 from torch import Tensor
 
@@ -123,8 +123,11 @@ def check_attention(bench: Bench) -> None:
 
 
 def correctness(bench: Bench) -> None:
+    """All kernels, all of attention, and last the MLP at odd sizes, each of which is compiled anew."""
     kernels_correctness(bench)
     check_attention(bench)
+    for way in told_ways(bench):
+        check_mlp(bench, way, *((77, 72, 200) if bench.real else (33, 24, 100)))
 
 
 def attention(bench: Bench) -> None:

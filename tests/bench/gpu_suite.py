@@ -13,6 +13,7 @@ keep a run, move them to records/bench/raw and records/bench. It wants torch, tr
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -91,6 +92,8 @@ def work(names: list[str], lines: Path, run: str, dry: bool) -> int:
         torch.manual_seed(0)
         try:
             function(bench)
+            if bench.left_out:
+                state = {"state": "cut", "error": f"left out: {', '.join(bench.left_out)}"}
         except BoxEndedError as ended:
             state = {"state": "cut", "error": str(ended)}
         except Exception as error:  # noqa: BLE001 -- whatever it is, it is this section's result
@@ -102,6 +105,7 @@ def work(names: list[str], lines: Path, run: str, dry: bool) -> int:
         if state["state"] == "raised" and not usable(place):
             return 1
         limits = bench.limits
+        gc.collect()
         place.empty_cache()
         torch._dynamo.reset()
     return 0

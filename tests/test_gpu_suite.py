@@ -412,6 +412,27 @@ def test_a_case_that_fails_is_a_line_and_the_others_go_on():
     assert [(r["what"], r["error"]) for r in rows] == [("bad", "RuntimeError: shared memory")]
 
 
+def test_training_that_fails_leaves_the_other_to_be_measured(monkeypatch):
+    rows = []
+    bench = gpu_timing.Bench("training", gpu_timing.Host(), 60.0, rows.append)
+
+    def train_as(bench, who, knobs, count):
+        if who == "ours":
+            raise RuntimeError("no kernel")
+        bench.row(who, 1.0, "tokens/s")
+        return {0: 1.0}
+
+    monkeypatch.setattr(gpu_sections, "train_as", train_as)
+    gpu_sections.training(bench)
+    said = [(r["what"], r.get("error")) for r in rows]
+    assert said == [("ours", "RuntimeError: no kernel"), ("unfused", None)]
+    assert [gpu_suite.failed(r) for r in rows] == [True, False]
+    bench.deadline = 0.0
+    monkeypatch.setattr(gpu_sections, "train_as", lambda bench, who, *_: bench.want_time(who))
+    with pytest.raises(gpu_timing.BoxEndedError, match="any more: ours"):
+        gpu_sections.training(bench)
+
+
 def test_nothing_is_compiled_when_little_of_the_box_is_left():
     rows = []
     bench = gpu_timing.Bench("mlp", Counting(), 10.0, rows.append)

@@ -235,13 +235,14 @@ class Stretch(NamedTuple):
 
 def training(bench: Bench) -> None:
     """The record's own step at its own batch, before and after looping; then the same without our kernels."""
-    speeds = train_as(bench, "ours", {}, bench.size(30, 2))
-    gc.collect()
-    bench.place.empty_cache()
-    plain = train_as(bench, "unfused", UNFUSED, bench.size(LEAST, 2))
-    for loops in speeds:
-        what = f"ours / unfused, tokens/s, {loops} loops"
-        bench.ratio(what, speeds[loops], plain.get(loops))
+    speeds: dict[str, dict[int, float]] = {"ours": {}, "unfused": {}}
+    for who, knobs, count in (("ours", {}, bench.size(30, 2)), ("unfused", UNFUSED, bench.size(LEAST, 2))):
+        with failures_told(bench, who):
+            speeds[who] = train_as(bench, who, knobs, count)
+        gc.collect()
+        bench.place.empty_cache()
+    for loops, speed in speeds["ours"].items():
+        bench.ratio(f"ours / unfused, tokens/s, {loops} loops", speed, speeds["unfused"].get(loops))
 
 
 def train_as(bench: Bench, who: str, knobs: dict, count: int) -> dict[int, float]:

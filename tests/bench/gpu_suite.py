@@ -27,6 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 START = 90.0  # seconds in which a child has to import torch and find its device
 WHOLE = 530.0  # of the command
+MARK = "== a child for"  # begins what a child says in the log
 SOFT = 2.0  # seconds before its box ends in which a section puts down its pen
 NOT_RUN = "Not run on a GPU.\n\n    python tests/bench/gpu_suite.py\n"
 
@@ -147,7 +148,9 @@ class Watch:
         self.seen = len(read_lines(self.lines))
         self.doing, self.deadline, self.raised = "", time.monotonic() + START, False
         self.log = out / "gpu_suite.log"
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
+            log.write(f"{MARK} {' '.join(names)}\n".encode())
+            log.flush()
             command = [sys.executable, sys.argv[0], "--child", *names, *words]
             streams = {"stdout": log, "stderr": log}
             self.child = subprocess.Popen(command, **streams, start_new_session=True, env=caches())
@@ -219,7 +222,8 @@ def follow(watch: Watch, end: float) -> tuple[str, str] | None:
 
 def last_words(watch: Watch) -> str:
     said = watch.log.read_text(errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(said) if line.strip()), "it said nothing")
+    last = next((line.strip()[:300] for line in reversed(said) if line.strip()), MARK)
+    return "it said nothing" if last.startswith(MARK) else last
 
 
 # --------------------------------------------------------------------------------------
@@ -367,8 +371,12 @@ def main() -> int:
         table = render(read_lines(lines))
         (args.out / "gpu_suite.md").write_text(table)
         print(table, flush=True)
-    ends = [row.get("state") for row in read_lines(lines) if row["run"] == run]
-    return 1 if {"raised", "fell"} & set(ends) else 0
+    return int(any(failed(row) for row in read_lines(lines) if row["run"] == run))
+
+
+def failed(row: dict) -> bool:
+    """Whether it says that something went wrong, rather than that time was short."""
+    return "error" in row and row.get("state") != "cut"
 
 
 if __name__ == "__main__":

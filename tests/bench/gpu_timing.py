@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -250,6 +251,7 @@ class Bench:
                 case.run()
             self.place.synchronize()
         except BROKEN as error:
+            traceback.print_exc()
             self.failed(name, error)
             self.place.synchronize()  # raises where no other case can run either
             self.place.empty_cache()

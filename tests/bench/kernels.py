@@ -16,12 +16,13 @@ import functools
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Generator
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import BROKEN, CAP, ROOT, Bench, Case, Gpu, last_line, machine
+from gpu_timing import BROKEN, CAP, ROOT, Bench, BoxEndedError, Case, Gpu, last_line, machine
 from torch import Tensor
 
 import train_gpt as tg
@@ -136,7 +137,10 @@ def failures_told(bench: Bench, what: str) -> Generator[None]:
     """A case that fails is a line; the others go on, unless the device is left unusable."""
     try:
         yield
+    except BoxEndedError:
+        raise
     except BROKEN as error:
+        traceback.print_exc()
         bench.failed(what, error)
         bench.place.synchronize()
 

@@ -353,6 +353,10 @@ def test_sections_at_their_real_sizes(unreal, section):
         assert {"two_pass 65,536 x 1,024", "two_pass 10,496 x 50,304"} <= whats.keys()
         assert "one_pass 10,496 x 50,304" not in whats
         assert "one_pass with its head, 98,304 x 512 x 8,192" in whats
+        counts = {"one_pass": "2,147 GB/s, 50 %", "two_pass": "3,221 GB/s, 75 %"}  # 4 and 6 bytes, in 1 ms
+        for form, count in counts.items():
+            assert f"; {count} of the copy's" in whats[f"{form} 65,536 x 8,192"]["note"]
+        assert whats["two_pass 65,536 x 8,192: over the bytes' time"]["measured"] == pytest.approx(2.0)
         assert ((98304,), [(98304, 8192), (98304,), (98304,), 8192, 30.0, 8192, False]) in [
             call[:2] for call in kernel.calls
         ]
@@ -362,6 +366,27 @@ def test_sections_at_their_real_sizes(unreal, section):
         assert {len(call[1]) for call in kernel.calls} == {13}
     if section is gpu_sections.muon:
         assert whats["polar_express x5, all stacks"]["note"] == "373 TFLOP/s"
+        ternary = whats["ternary fake_quant of 73,924,608 weights, compiled"]
+        assert ternary["note"] == "444 GB/s, 10 % of the copy's"  # 6 bytes a weight
+
+
+def test_training_is_reported_by_the_clock_against_both_rates():
+    """Three steps of 786,432 tokens in 1.5 s, of which one was not finite."""
+    rows, figures = [], [torch.tensor([5.0 - i, 1.0, float(i != 1)]) for i in range(3)]
+    bench = gpu_timing.Bench("training", gpu_timing.Host(), 60.0, rows.append)
+    bench.limits = {"bytes": 4e12, "flops": 790e12}
+    found = gpu_sections.Stretch([400.0, 450.0, 600.0], 1.5, figures, 60.0)
+    speed = gpu_sections.report_training(bench, "ours", recipe(), 0, 600.0, found)
+    assert speed == pytest.approx(3 * 786_432 / 1.5)
+    said = {r["what"].split(": ")[1]: r for r in rows}
+    assert said["MFU of 989 TFLOP/s"]["measured"] == pytest.approx(262.8e6 * speed / 989e12, rel=1e-3)
+    there = said["MFU of the matmul rate measured here"]
+    assert there["measured"] == pytest.approx(262.8e6 * speed / 790e12, rel=1e-3)
+    assert (there["aim"], there["note"]) == ([">=", 0.38], "263M FLOP a token at 600 keys a query")
+    step = said["a step"]
+    assert (step["measured"], step["spread"], step["n"]) == (450.0, [400.0, 600.0], 3)
+    assert (said["steps that were not finite"]["measured"], said["tokens/s"]["n"]) == (1, 3)
+    assert said["tokens/s"]["note"].startswith("micro-batches of 98,304 tokens, 786,432 a step")
 
 
 def test_real_step_is_the_records(unreal):

@@ -1066,14 +1066,14 @@ def minify(text: str) -> str:
     """The folded text without docstrings and annotations, its names shortened, for the minified stage.
 
     Keyword arguments, attributes (so state_dict's names) and texts stay as they are; literals are not
-    hoisted, which the compressor does better; asserts stay. A parameter that many functions have (cfg,
-    world) keeps its name: with a second name inside each, the packed baseline was 150 bytes larger. So do
-    the locals of kernels, of which Triton may ask more than Python does.
+    hoisted, which the compressor does better; asserts stay. A parameter that very many functions have (cfg,
+    world) keeps its name: with others in each, the packed record 1855 was 60 bytes larger. So do the locals
+    of kernels, of which Triton may ask more than Python does.
     """
-    tree = Bare().visit(ast.parse(text))
+    tree = by_position(Bare().visit(ast.parse(text)))
     common = Counter(node.arg for node in walk(tree) if isinstance(node, ast.arg))
     kernels = [f for f in walk(tree) if isinstance(f, FUNCTIONS) and needs_annotations(f)]
-    kept = {name for name, count in common.items() if count >= 8}.union(*map(names_bound, kernels))
+    kept = {name for name, count in common.items() if count >= 30}.union(*map(names_bound, kernels))
     minified = python_minifier().minify(
         ast.unparse(ast.fix_missing_locations(tree)),
         remove_literal_statements=True,
@@ -1085,6 +1085,24 @@ def minify(text: str) -> str:
         preserve_locals=sorted(kept),
     )
     return minified + "\n"
+
+
+def by_position(tree: ast.Module) -> ast.Module:
+    """Mark as positional the parameters that no call names: the minifier renames those, and unmarks them.
+
+    Others get a second name in the first line of their function, which made the packed baseline 800 bytes
+    larger. Functions inside functions are left alone: torch calls some of theirs by keyword.
+    """
+    named = {k.arg for call in walk(tree) if isinstance(call, ast.Call) for k in call.keywords}
+    keys = (key for node in walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
+    named |= {key.value for key in keys if isinstance(key, ast.Constant)}  # a dict may become keywords
+    scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+    for function in (node for scope in scopes for node in scope.body if isinstance(node, FUNCTIONS)):
+        if not needs_annotations(function):
+            args = function.args
+            free = len(list(itertools.takewhile(lambda arg: arg.arg not in named, args.args)))
+            args.posonlyargs, args.args = args.posonlyargs + args.args[:free], args.args[free:]
+    return tree
 
 
 def python_minifier() -> types.ModuleType:
@@ -1382,7 +1400,8 @@ def start_job(job: dict) -> int:
 
 
 def last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
+    """What a program said last, before triton's bindings list what they leaked, as they do after errors."""
+    lines = [line for line in text.split("\nnanobind: ")[0].splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it printed nothing"
 
 

@@ -607,6 +607,21 @@ def note_opened() -> None:
     sys.addaudithook(hear)
 
 
+def broken_compiler(rank: int) -> None:
+    """Blocks are compiled, by Dynamo alone, as if that had been the faster; on one rank it fails."""
+    import torch
+
+    import train_gpt
+
+    def backend(graph, inputs):
+        if my_rank() == rank:
+            raise OSError("no working compiler on this rank")
+        return graph.forward
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
+    train_gpt.measured_choice = lambda cfg, world, dtypes: ("float32", True, "")
+
+
 # --------------------------------------------------------------------------------------
 # What else a child may do: the `call` of play()
 # --------------------------------------------------------------------------------------

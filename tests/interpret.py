@@ -26,6 +26,7 @@ from train_gpt import (
     one_pass_loss,
     squared_kernels,
     squared_mlp,
+    two_pass_loss,
     two_pass_operator,
 )
 
@@ -111,16 +112,24 @@ def whole_loss() -> dict:
     random = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 16, generator=random), 3 * torch.randn(100, 16, generator=random)
     targets, g = torch.randint(100, (6,), generator=random), torch.randn(6, generator=random)
-    sides = []
-    for dtype in (torch.float32, torch.float64):
+
+    def gradients(loss: Callable, dtype: torch.dtype) -> list[Tensor]:
         h, w = (t.to(dtype).requires_grad_() for t in (hidden, weight))
-        if dtype == torch.float32:
-            nll = one_pass_loss(False)(h, w, targets, CAP)
-        else:
-            z = CAP * torch.tanh(h @ w.T / CAP)
-            nll = torch.logsumexp(z, 1) - z[torch.arange(6), targets]
-        sides.append([nll.detach(), *torch.autograd.grad(nll, (h, w), g.to(dtype))])
-    return {"whole loss": [distance(a, b) for a, b in zip(*sides, strict=True)]}
+        nll = loss(h, w, targets, CAP)
+        return [nll.detach(), *torch.autograd.grad(nll, (h, w), g.to(dtype))]
+
+    want = gradients(loss_truth, torch.float64)
+    forms = {"one_pass": one_pass_loss(False), "two_pass": two_pass_loss()}
+    found = {name: gradients(loss, torch.float32) for name, loss in forms.items()}
+    return {
+        f"whole loss {name}": [distance(a, b) for a, b in zip(side, want, strict=True)]
+        for name, side in found.items()
+    }
+
+
+def loss_truth(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    z = cap * torch.tanh(hidden @ weight.T / cap)
+    return torch.logsumexp(z, 1) - z[torch.arange(len(z)), targets]
 
 
 def mlp_truth(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:

@@ -86,12 +86,16 @@ def test_symbols_come_back_whatever_their_number_width_and_classes(count, width,
     there_and_back(symbols, classes, counts_of(symbols, classes, kinds, width))
 
 
-@pytest.mark.parametrize("count", [1, 2, 511, 512, 1024, 1025, 2**24 + 1])
-def test_lanes_are_a_power_of_two_one_for_512_symbols(count):
-    lanes = lanes_for(count)
-    assert lanes & (lanes - 1) == 0
-    assert 1 <= lanes <= 2048
-    assert lanes <= max(1, count / 512) < 2 * lanes or lanes == 2048
+@pytest.mark.parametrize(
+    ("count", "lanes"),
+    [
+        (1, 1), (511, 1), (512, 1), (1023, 1), (1024, 2), (131_071, 128), (131_072, 256), (4_194_303, 256),
+        (4_194_304, 512), (8_388_608, 1024), (2**24 - 1, 1024), (2**24, 2048), (2**30, 2048),
+    ],
+)  # fmt: skip
+def test_lanes_are_many_in_small_pools_and_cheap_in_large_ones(count, lanes):
+    assert lanes_for(count) == lanes
+    assert 2 * lanes <= max(2, count / 256, 512)  # bytes
 
 
 @pytest.mark.parametrize("width", [2, 255, 256])

@@ -537,4 +537,7 @@ def test_on_a_gpu_a_kernel_is_checked_and_timed(monkeypatch, capsys, kernel):
 def test_a_row_too_long_for_registers_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "Gpu", gpu_timing.Host)
     kernels.on_a_gpu("one_pass", 8, 20000)
-    assert capsys.readouterr().out.splitlines()[1:] == ["one_pass takes rows of up to 16,384 logits"]
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == ["one_pass does not take rows of 20,000 logits; two_pass does"]
+    assert kernels.takes("one_pass", 16384) and not kernels.takes("approximate", 16385)
+    assert kernels.takes("two_pass", 50304)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from conftest import run_program, tiny_env
@@ -497,7 +499,27 @@ def test_forecast_runs_no_kernel_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     world = World(0, 1, torch.device("cuda"), torch.bfloat16, True, Journal(None), ".")
     assert empty_model(config(), world).attention_name == "flash-attn-2"
-    assert activation_bytes(config(), world) == activation_bytes(config(), lone(torch.bfloat16))
+    plain = config(FUSED_CE_ENABLED=0)
+    assert activation_bytes(plain, world) == activation_bytes(plain, lone(torch.bfloat16))
+
+
+def test_forecast_of_the_loss_is_what_the_plain_form_makes_and_one_copy_fused():
+    """Plain: the logits, their float32 form, a division, tanh, the product, log-softmax, as counted here."""
+    made = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(t for t in tree_leaves(out) if torch.is_tensor(t) and t.shape == (40, 640))
+            return out
+
+    hidden, weight = torch.randn(40, 8).bfloat16(), torch.randn(640, 8)
+    with Note():
+        train_gpt.softcapped_nll_ref(hidden, weight, torch.zeros(40, dtype=torch.int64), 30.0)
+    assert len(made) == 6  # held here, so that no memory is counted twice
+    found = sum(t.untyped_storage().nbytes() for t in made)
+    assert found == train_gpt.loss_bytes("plain", 40, 640, 2, True)
+    assert train_gpt.loss_bytes("one_pass", 40, 640, 2, True) == 40 * 640 * 2
 
 
 def test_packing_on_a_gpu_without_a_kernel_for_it_is_refused_before_compiling():

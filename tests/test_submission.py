@@ -27,7 +27,7 @@ import train_gpt
 from conftest import ROOT, clean_env, read_env, run_program, tiny_env, torchrun
 
 BUILDER = ROOT / "build_submission.py"
-BASELINE_BYTES = 21_700  # the packed baseline may not grow beyond this; the aim is 14,000, a new knob is ten
+BASELINE_BYTES = 21_100  # the packed baseline may not grow beyond this; the aim is 14,000, a new knob is ten
 # Every kind of feature switched on, on top of the tiny sizes; three aliases and spellings that are not ours.
 FEATURES = """# a recipe for tests
 export SEED=7          # three of a kind
@@ -327,6 +327,35 @@ def test_until_a_stage_ships_text(stage, built, tmp_path, unproven):
     assert f"'{stage}'" in text and ("def main() -> None:" in text) == (stage != "minified")
     report = json.loads((tmp_path / "out" / "build.json").read_text())
     assert (report["stage"], list(report["stages"])[-1]) == (stage, stage)
+
+
+def test_parameters_are_renamed_where_nobody_calls_them_by_name():
+    """Called by position: a new name and no second one. By keyword, or by a dict that becomes keywords: kept.
+
+    So are those of functions inside functions, which torch may call by keyword, and of operators.
+    """
+    text = """
+@custom_op("a::b")
+def operator(tensor):
+    return tensor + tensor
+def scaled(amount, factor, offset):
+    def inner(inputs, output):
+        return inputs * inputs + output * output
+    return inner(amount * factor * factor + amount, output=offset * offset)
+class Thing:
+    def grow(self, amount, factor):
+        return amount * factor * amount
+print(scaled(1, 2, offset=3), scaled(1, **{"factor": 2}, offset=3), Thing().grow(1, 2))
+"""
+    found = builder.minify.__wrapped__(text)
+    assert "(amount" not in found and "/" not in found
+    for kept in ("tensor", "offset", "factor", "inputs", "output"):
+        assert re.search(rf"def .*\b{kept}\b", found), found
+    told = subprocess.run(
+        [sys.executable, "-c", found.replace("@custom_op", "custom_op=lambda _:lambda f:f\n@custom_op")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout == "106 106 2\n"
 
 
 def test_builder_without_the_minifier_says_what_to_install(built, tmp_path, unproven, monkeypatch, capsys):

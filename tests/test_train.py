@@ -366,6 +366,8 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
     "SAMPLE": "test_evaluate.py: it takes an artifact, and scores nothing",
     "CASEOPS_ENABLED": "test_caseops.py: it takes shards, sidecars and a tokenizer of their own",
     "COMPILE": "test_compile.py: it needs a C++ compiler, and its traces differ in the last bits",
+    "COMPILE_MODE": "test_compile.py: nothing is compiled here, and its traces differ in the last bits",
+    "COMPILE_CACHE": "test_compile.py: nothing is compiled here, and it takes two processes",
     "FUSED_CE_FORM": "test_loss_is_chosen_by_knob_device_and_cap in test_triton.py: it takes a GPU",
     "FUSED_MLP": "test_squared_mlp_fuses_in_training_on_a_gpu_alone in test_triton.py: it takes a GPU",
     "CLOCK_SYNC_EVERY": "test_clock_waits_for_the_device_as_often_as_told: nothing waits for a CPU",

@@ -70,8 +70,9 @@ def test_softcapped_loss_at_its_borders(figures, form):
     assert slopes <= 8e-3  # the interpreter cuts bfloat16 off where a GPU rounds it
 
 
-def test_whole_loss_has_the_gradients_of_the_formula(figures):
-    assert max(figures["whole loss"]) <= 1e-6
+@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+def test_whole_loss_has_the_gradients_of_the_formula(figures, form):
+    assert max(figures[f"whole loss {form}"]) <= 1e-6
 
 
 def test_squared_mlp_is_the_formula(figures):
@@ -145,7 +146,7 @@ def test_one_pass_for_hopper(hopper, cols, warps, fast, most):
     a_thread = cols / 32 / warps
     over = 3.5 / a_thread  # a row's own logarithm and divisions, which short rows share among fewer logits
     assert built.spilled == 0
-    assert built.registers <= (168 if cols > 1024 else 40)
+    assert built.registers <= (168 if cols > 1024 else 48)
     assert most - 1.3 < built.special / a_thread <= max(most, most - 0.2 + over)
 
 

@@ -12,32 +12,25 @@ coder's bytes are decoded again and compared. zpaq runs through lrzip where that
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from common import ROOT, Bench, facts, parser_for
+from torch import Tensor
 
-import numpy as np  # noqa: E402  (the project's folder is put on the path first)
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import train_gpt as tg
 
-import train_gpt as tg  # noqa: E402
-
-RAW = ROOT / "records/bench/raw/artifact.jsonl"
-TABLE = ROOT / "records/bench/artifact.md"
+BENCH = Bench("artifact")
 RUN = ROOT / "runs/bench_b0"
 DATA = "data/datasets/python_sp1024"  # what run_local.sh makes
 SMALL = {
@@ -75,14 +68,17 @@ def alone() -> tg.World:
 # ------------------------------------------------------------------------------------ streams
 
 
-def synthetic(name: str) -> tg.Pool:
-    """Independent draws: trits of the ternary record, or Gaussian int6 with the clip of the int6 records."""
-    rng = np.random.default_rng(0)
-    if name == "trits 64.9M":
-        values = rng.choice(np.array([-1, 0, 1], np.int8), TRITS, p=TRIT_SHARES)
-        return tg.Pool([tg.Plane(TRITS // 768, 768, -1, 1)], values)
-    values = np.clip(np.rint(rng.standard_normal(8_388_608, np.float32) * (31 / 12.85)), -31, 31)
-    return tg.Pool([tg.Plane(16384, 512, -31, 31)], values.astype(np.int8))
+def drawn_trits(rows: int) -> tg.Pool:
+    """Independent draws in rows of 768, as frequent as in the ternary record."""
+    values = np.random.default_rng(0).choice(np.array([-1, 0, 1], np.int8), rows * 768, p=TRIT_SHARES)
+    return tg.Pool([tg.Plane(rows, 768, -1, 1)], values)
+
+
+def drawn_int6(rows: int) -> tg.Pool:
+    """Independent Gaussian draws in rows of 512, with the clip of the int6 records."""
+    drawn = np.random.default_rng(0).standard_normal(rows * 512, np.float32)
+    values = np.clip(np.rint(drawn * (31 / 12.85)), -31, 31)
+    return tg.Pool([tg.Plane(rows, 512, -31, 31)], values.astype(np.int8))
 
 
 def pool_of(model: tg.GPT, codec: tg.Codec, stream: str) -> tg.Pool:
@@ -96,8 +92,8 @@ def pool_of(model: tg.GPT, codec: tg.Codec, stream: str) -> tg.Pool:
 
 
 def streams(model: tg.GPT) -> Iterator[tuple[str, tg.Pool]]:
-    yield "trits 64.9M", synthetic("trits 64.9M")
-    yield "int6 Gauss 8.4M", synthetic("int6 Gauss 8.4M")
+    yield "trits 64.9M", drawn_trits(TRITS // 768)
+    yield "int6 Gauss 8.4M", drawn_int6(16384)
     yield "int6 trained", pool_of(model, tg.IntRow(6, 12.85), "int6.q")
     yield "int8 trained, row maximum", pool_of(model, tg.IntRow(8), "int8.q")
     yield "trits trained", pool_of(model, tg.Ternary(GROUP), "ternary.q")
@@ -245,7 +241,7 @@ def record_ternary() -> Iterator[dict]:
 
     Its format: base-3 and float16 scales, both through lzma. The 2.5M other parameters are left out.
     """
-    trits, rng = synthetic("trits 64.9M"), np.random.default_rng(1)
+    trits, rng = drawn_trits(TRITS // 768), np.random.default_rng(1)
     own = 0.02 * np.exp(0.1 * rng.standard_normal((TRITS // 768, 1)))  # rows differ by a tenth
     drawn = [rng.standard_normal((len(own), GROUP), np.float32) for _ in range(768 // GROUP)]
     rows = torch.from_numpy(own * np.stack([np.abs(g).mean(1) for g in drawn], 1)).float()  # groups by chance
@@ -301,17 +297,6 @@ def scale_error(model: tg.GPT, cfg: tg.Config) -> Iterator[dict]:
 
 
 # --------------------------------------------------------------------------------------- table
-
-
-def versions() -> dict:
-    about = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in about if line.startswith("model name")), "?")
-    source = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:16]
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "source": source, "python": platform.python_version(),
-        "numpy": np.__version__, "torch": torch.__version__, "cores": os.cpu_count(), "cpu": cpu,
-        "load": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
 
 
 def where(rows: list[dict]) -> str:
@@ -389,10 +374,6 @@ def scale_rows(rows: list[dict]) -> list[str]:
     ]
 
 
-def read_raw() -> list[dict]:
-    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
-
-
 def measure_streams(model: tg.GPT, cfg: tg.Config) -> Iterator[dict]:
     for name, pool in streams(model):
         yield from measure_stream(name, pool)
@@ -403,27 +384,24 @@ SECTIONS = {"streams": measure_streams, "artifacts": whole, "scales": scale_erro
 
 def measure(only: str | None) -> None:
     model, cfg = trained_weights()
-    about = versions()
+    about = facts("date", "source", "python", "numpy", "torch", "cores", "cpu", "load")
     about["run"] = f"{about['date']} {about['source']} {int(time.time())}"
     for name in [only] if only else SECTIONS:
         for row in SECTIONS[name](model, cfg):
             print(json.dumps(row), flush=True)
-            with RAW.open("a") as f:
-                f.write(json.dumps(about | row) + "\n")
+            BENCH.add(about | row)
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = parser_for(__doc__)
     parser.add_argument("--train", action="store_true", help="only train the weights that are measured")
-    parser.add_argument("--table", action="store_true", help="only write the table from the raw lines")
     parser.add_argument("--only", choices=["streams", "artifacts", "scales"], help="one section")
     words = parser.parse_args()
     if words.train:
         return train()
     if not words.table:
         measure(words.only)
-    TABLE.write_text(render(read_raw()))
+    BENCH.write_table(render)
 
 
 if __name__ == "__main__":

@@ -13,35 +13,44 @@ is the sum of the step's matrix multiplies and attention calls, timed alone in t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Bench, cpu_name_and_matrix_extensions, facts, parser_for
+from torch import Tensor, nn
 
-import numpy as np  # noqa: E402  (the project's folder is put on the path first)
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import train_gpt as tg
 
-import train_gpt as tg  # noqa: E402
-
-RAW = ROOT / "records/bench/raw/cpu_train.jsonl"
-TABLE = ROOT / "records/bench/cpu_train.md"
+BENCH = Bench("cpu_train")
 LAYERS, DIM, HEADS, KV, TOKENS = 4, 256, 4, 2, 8192
-CASES = {  # name -> (vocabulary, sequence, mean document or 0, least ratio to plain, to limit)
-    "v1024": (1024, 512, 0, 1.0, 0.65),
-    "v8192": (8192, 512, 0, 1.3, 0.60),
-    "packed": (1024, 2048, 800, 1.2, None),
+
+
+class Case(NamedTuple):
+    """What is trained. `bar` and `limit_bar`: least ratios of speed to the plain model and to the limit."""
+
+    vocab: int
+    length: int  # tokens of a sequence
+    document: int  # their mean, in tokens; 0: no documents
+    bar: float
+    limit_bar: float | None
+    layers: int = LAYERS
+    dim: int = DIM
+    tokens: int = TOKENS
+
+
+CASES = {
+    "v1024": Case(1024, 512, 0, 1.0, 0.65),
+    "v8192": Case(8192, 512, 0, 1.3, 0.60),
+    "packed": Case(1024, 2048, 800, 1.2, None),
 }
 
 
@@ -90,23 +99,22 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(30.0 * torch.tanh(logits.float() / 30.0).flatten(0, 1), targets.flatten())
 
 
-def draw(case: str) -> tuple[np.ndarray, ...]:
-    """One row of TOKENS + 1 ids; documents begin with BOS (id 1) where the case has documents."""
-    vocab, _, mean, _, _ = CASES[case]
+def draw(case: Case) -> np.ndarray:
+    """One row of tokens + 1 ids; documents begin with BOS (id 1) where the case has documents."""
     rng = np.random.default_rng(0)
-    row = rng.integers(4, vocab, TOKENS + 1)
-    if mean:
-        row[np.cumsum(rng.geometric(1 / mean, TOKENS // 8))[:TOKENS // mean + 1] % TOKENS] = 1
+    row = rng.integers(4, case.vocab, case.tokens + 1)
+    if case.document:
+        starts = np.cumsum(rng.geometric(1 / case.document, case.tokens // 8))
+        row[starts[: case.tokens // case.document + 1] % case.tokens] = 1
     return row
 
 
-def plain_step(case: str, dtype: torch.dtype, compiling: bool) -> Callable[[], None]:
-    vocab, length = CASES[case][:2]
+def plain_step(case: Case, dtype: torch.dtype, compiling: bool) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = PlainGPT(vocab)
+    model = PlainGPT(case.vocab)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     forward = torch.compile(model) if compiling else model
-    batch = tg.as_rows([draw(case)], length)
+    batch = tg.as_rows([draw(case)], case.length)
 
     def step() -> None:
         forward(batch.tokens, batch.targets, dtype).backward()
@@ -116,35 +124,35 @@ def plain_step(case: str, dtype: torch.dtype, compiling: bool) -> Callable[[], N
     return step
 
 
-def our_step(case: str, dtype: torch.dtype, compiling: bool) -> Callable[[], None]:
-    vocab, length, mean = CASES[case][:3]
-    knobs = {"VOCAB_SIZE": vocab, "NUM_LAYERS": LAYERS, "MODEL_DIM": DIM, "NUM_HEADS": HEADS,
-             "NUM_KV_HEADS": KV, "TRAIN_SEQ_LEN": length, "TRAIN_BATCH_TOKENS": TOKENS, "TRAIN_SPANS": 1,
-             "DOC_PACKING": int(mean > 0)}
+def our_step(case: Case, dtype: torch.dtype, compiling: bool) -> Callable[[], None]:
+    knobs = {"VOCAB_SIZE": case.vocab, "NUM_LAYERS": case.layers, "MODEL_DIM": case.dim, "NUM_HEADS": HEADS,
+             "NUM_KV_HEADS": KV, "TRAIN_SEQ_LEN": case.length, "TRAIN_BATCH_TOKENS": case.tokens,
+             "TRAIN_SPANS": 1, "DOC_PACKING": int(case.document > 0)}
     cfg = tg.read_config({k: str(v) for k, v in knobs.items()})
     world = tg.World(0, 1, torch.device("cpu"), dtype, compiling, tg.Journal(None), Path())
     model = tg.make_fast(tg.make_model(cfg, world), world)
     trainer = tg.Trainer(model, None, cfg, world, "")
-    batch = tg.packed([draw(case)], 1, length) if mean else tg.as_rows([draw(case)], length)
+    row, length = draw(case), case.length
+    batch = tg.packed([row], 1, length) if case.document else tg.as_rows([row], length)
     phase = tg.Phase(1e-3, 0.9, 0, False)
     return lambda: tg.train_step(trainer, [batch], phase)
 
 
-def limit_step(case: str, dtype: torch.dtype) -> Callable[[], None]:
+def limit_step(case: Case, dtype: torch.dtype) -> Callable[[], None]:
     """The step's matrix multiplies and attention, forward and backward, and nothing else."""
-    vocab, length = CASES[case][:2]
-    kv = KV * DIM // HEADS
-    shapes = [(DIM, DIM), (DIM, kv), (DIM, kv), (DIM, DIM), (DIM, 2 * DIM), (2 * DIM, DIM)] * LAYERS
-    shapes += [(DIM, vocab)]
-    pairs = [(torch.randn(TOKENS, a, dtype=dtype), torch.randn(b, a, dtype=dtype)) for a, b in shapes]
-    grads = [torch.randn(TOKENS, b, dtype=dtype) for _, b in shapes]
-    heads = [torch.randn(TOKENS // length, n, length, DIM // HEADS, dtype=dtype, requires_grad=True)
+    dim, tokens, length = case.dim, case.tokens, case.length
+    kv = KV * dim // HEADS
+    shapes = [(dim, dim), (dim, kv), (dim, kv), (dim, dim), (dim, 2 * dim), (2 * dim, dim)] * case.layers
+    shapes += [(dim, case.vocab)]
+    pairs = [(torch.randn(tokens, a, dtype=dtype), torch.randn(b, a, dtype=dtype)) for a, b in shapes]
+    grads = [torch.randn(tokens, b, dtype=dtype) for _, b in shapes]
+    heads = [torch.randn(tokens // length, n, length, dim // HEADS, dtype=dtype, requires_grad=True)
              for n in (HEADS, KV, KV)]
 
     def step() -> None:
         for (x, w), g in zip(pairs, grads, strict=True):
             _ = x @ w.T, g @ w, g.T @ x
-        for _ in range(LAYERS):
+        for _ in range(case.layers):
             y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
             torch.autograd.grad(y, heads, torch.ones_like(y))
 
@@ -164,16 +172,16 @@ def timed(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[f
     return times
 
 
-def measure(case: str, dtype: str, compiling: bool, rounds: int) -> dict:
-    kind = getattr(torch, dtype)
+def measure(name: str, dtype: str, compiling: bool, rounds: int) -> dict:
+    case, kind = CASES[name], getattr(torch, dtype)
     steps = {"plain": plain_step(case, kind, compiling), "ours": our_step(case, kind, compiling)}
-    if CASES[case][4]:
+    if case.limit_bar:
         steps["limit"] = limit_step(case, kind)
     times = timed(steps, rounds)
-    ms = {name: round(statistics.median(t), 2) for name, t in times.items()}
-    spread = {name: [round(min(t), 2), round(max(t), 2)] for name, t in times.items()}
-    rss = {who: rss_of(who, case, dtype, compiling) for who in ("plain", "ours")}
-    setting = {"case": case, "dtype": dtype, "compile": int(compiling), "rounds": rounds}
+    ms = {who: round(statistics.median(t), 2) for who, t in times.items()}
+    spread = {who: [round(min(t), 2), round(max(t), 2)] for who, t in times.items()}
+    rss = {who: rss_of(who, name, dtype, compiling) for who in ("plain", "ours")}
+    setting = {"case": name, "dtype": dtype, "compile": int(compiling), "rounds": rounds}
     return setting | {"ms": ms, "spread_ms": spread, "rss_mib": rss}
 
 
@@ -184,9 +192,9 @@ def rss_of(who: str, case: str, dtype: str, compiling: bool) -> float:
     return float(out.stdout.split()[-1])
 
 
-def print_rss(who: str, case: str, dtype: str, compiling: bool) -> None:
+def print_rss(who: str, name: str, dtype: str, compiling: bool) -> None:
     make = plain_step if who == "plain" else our_step
-    step = make(case, getattr(torch, dtype), compiling)
+    step = make(CASES[name], getattr(torch, dtype), compiling)
     for _ in range(3):
         step()
     status = Path("/proc/self/status").read_text().splitlines()
@@ -195,17 +203,8 @@ def print_rss(who: str, case: str, dtype: str, compiling: bool) -> None:
 
 
 def versions() -> dict:
-    source = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:16]
-    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "torch": torch.__version__, "source": source,
-            "python": platform.python_version(), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 2), "cpu": cpu_name()}
-
-
-def cpu_name() -> str:
-    """Model and the matrix extensions that decide the speed of bfloat16."""
-    about = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
-    return " ".join([*names[:1], *(flag for flag in ("amx_bf16", "avx512_bf16") if f" {flag}" in about)])
+    return {**facts("date", "torch", "source", "python"), "threads": torch.get_num_threads(),
+            **facts("cores", "load"), "cpu": cpu_name_and_matrix_extensions()}
 
 
 def render(rows: list[dict]) -> str:
@@ -226,44 +225,35 @@ def render(rows: list[dict]) -> str:
 
 
 def table_row(r: dict) -> str:
-    ms, (_, _, _, bar, limit_bar) = r["ms"], CASES[r["case"]]
-    limit = f"{ms['limit'] / ms['ours']:.2f} | {limit_bar}" if "limit" in ms else "- | -"
+    ms, case = r["ms"], CASES[r["case"]]
+    limit = f"{ms['limit'] / ms['ours']:.2f} | {case.limit_bar}" if "limit" in ms else "- | -"
     rss = f"{r['rss_mib']['plain']:.0f}, {r['rss_mib']['ours']:.0f}"
     low, high = r["spread_ms"]["ours"]
     where = f"{r['date']}, torch {r['torch']}, {r['threads']} threads, source {r['source'][:8]}"
     where += f", {r['cpu']}" if "cpu" in r else ""
     return (f"| {r['case']} | {r['dtype']} | {r['compile']} | {ms['plain']:.0f} | {ms['ours']:.0f} | "
-            f"{TOKENS / ms['ours'] * 1000:,.0f} | {ms['plain'] / ms['ours']:.2f} | {bar} | {limit} | {rss} | "
-            f"{low:.0f}-{high:.0f} | {where} |")
-
-
-def read_raw() -> list[dict]:
-    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
+            f"{case.tokens / ms['ours'] * 1000:,.0f} | {ms['plain'] / ms['ours']:.2f} | {case.bar} | "
+            f"{limit} | {rss} | {low:.0f}-{high:.0f} | {where} |")
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = parser_for(__doc__)
     parser.add_argument("--only", choices=[*CASES], help="one case")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", choices=["0", "1"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--table", action="store_true", help="only write the table from the raw lines")
     parser.add_argument("--rss", choices=["plain", "ours"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rss:
         return print_rss(args.rss, args.only, args.dtype, args.compile == "1")
     if not args.table:
-        RAW.parent.mkdir(parents=True, exist_ok=True)
         for case in [args.only] if args.only else CASES:
             for dtype in [args.dtype] if args.dtype else ("float32", "bfloat16"):
                 for compiling in [args.compile == "1"] if args.compile else (False, True):
                     row = versions() | measure(case, dtype, compiling, args.rounds)
                     print(json.dumps(row), flush=True)
-                    with RAW.open("a") as f:
-                        f.write(json.dumps(row) + "\n")
-    TABLE.write_text(render(read_raw()))
-    print(TABLE.read_text())
+                    BENCH.add(row)
+    print(BENCH.write_table(render))
 
 
 if __name__ == "__main__":

@@ -6,22 +6,14 @@
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RAW = ROOT / "records/bench/raw/reliability.jsonl"
-TABLE = ROOT / "records/bench/reliability.md"
+from common import ROOT, Bench, facts, parser_for
+
+BENCH = Bench("reliability")
 COMMAND = ["tests/run.sh", "--full"]
 
 
@@ -37,7 +29,7 @@ def run() -> dict:
     counts = re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", text, re.MULTILINE)
     passed, failed, skipped = map(int, counts[-1]) if counts else (0, 0, 0)
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **facts("date"),
         "command": " ".join(COMMAND),
         "exit": p.returncode,
         "passed": passed,
@@ -45,10 +37,7 @@ def run() -> dict:
         "skipped": re.findall(r"^skipped: (\d+, .*)$", text, re.MULTILINE) if skipped else [],
         "failures": re.findall(r"^FAILED (\S+)", text, re.MULTILINE),
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "source": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:16],
+        **facts("cores", "python", "torch", "source"),
     }
 
 
@@ -73,21 +62,13 @@ def table_row(r: dict) -> str:
     return f"| {r['date']} | {r['passed']} | {failed} | {skipped} | {r['minutes']} | {where} |"
 
 
-def read_raw() -> list[dict]:
-    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
-
-
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--table", action="store_true", help="only write the table from the raw lines")
     status = 0
-    if not parser.parse_args().table:
+    if not parser_for(__doc__).parse_args().table:
         row = run()
-        with RAW.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        BENCH.add(row)
         status = row["exit"]
-    TABLE.write_text(render(read_raw()))
+    BENCH.write_table(render)
     return status
 
 

@@ -9,7 +9,6 @@ is that of the validation tokens; a bpb well below it is what the model has lear
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -18,12 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RAW = ROOT / "records/bench/raw/run_local.jsonl"
-TABLE = ROOT / "records/bench/run_local.md"
+from common import ROOT, Bench, facts, parser_for
+
+BENCH = Bench("run_local")
 COMPILERS = re.compile(r"(\S+-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
 
 
@@ -52,22 +50,15 @@ def run(compiler: bool) -> dict:
         seconds = time.monotonic() - begin
         results = json.loads((clone / "runs/bench/results.json").read_text())
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **facts("date"),
         "compiler": compiler,
         "seconds": round(seconds),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        **facts("cpu", "cores"),
         "source": results["source_sha256"][:16],
         **{key: results[key] for key in ("dtype", "steps", "tokens_per_second", "order0_bpb")},
         **{key: results[key] for key in ("train_seconds", "bytes", "versions")},
         "bpb": {name: score["val_bpb"] for name, score in results["scores"].items()},
     }
-
-
-def cpu_name() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return found[1] if found else "an unnamed CPU"
 
 
 def render(rows: list[dict]) -> str:
@@ -103,21 +94,14 @@ def table_row(r: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def read_raw() -> list[dict]:
-    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
-
-
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--table", action="store_true", help="only write the table from the raw lines")
+    parser = parser_for(__doc__)
     if not parser.parse_args().table:
         if shutil.which("git") is None:
             parser.error("needs git on the PATH, to clone the project")
         for compiler in (True, False):
-            with RAW.open("a") as f:
-                f.write(json.dumps(run(compiler)) + "\n")
-    TABLE.write_text(render(read_raw()))
+            BENCH.add(run(compiler))
+    BENCH.write_table(render)
     return 0
 
 

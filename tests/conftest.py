@@ -34,7 +34,7 @@ GROUPS = {
         180, "chapters scripts config schedule world data prepare caseops download bad_input",
     ),
     "builder": (300, "submission"),
-    "kernels": (180, "kernels triton storage coding bitpacking bench"),
+    "kernels": (180, "kernels triton gpu_suite storage coding bitpacking bench"),
     "models": (180, "features model optimizer train objective compile ranks"),
     "evaluation": (180, "export calibrate evaluate output causality legality"),
     "distillation": (120, "teachers distillation"),

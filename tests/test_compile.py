@@ -8,6 +8,7 @@ import os
 import shutil
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_no_graph_is_made_after_warm_up(tmp_path, data, monkeypatch, packing, dt
     alone, which decides graphs and guards; the run counts by itself too.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(train_gpt.World, "compiles_updates", True)  # as on a GPU
     made, boundaries = {}, set()
     real_warm, real_packed = train_gpt.warm_evaluation, train_gpt.packed
 
@@ -160,9 +162,9 @@ def test_graphs_made_after_warm_up_are_told_in_one_line(tmp_path, data, monkeypa
     monkeypatch.setattr(train_gpt, "warm_evaluation", lambda *args: None)
     run = run_here(tmp_path, data, COMPILE=1)
     (line,) = run.lines("compile: ")
-    assert line.startswith("compile: 2 graphs were made after warm-up, which had made 6: ")
+    assert line.startswith("compile: 2 graphs were made after warm-up, which had made 2: ")
     compiled = run.results["compile"]
-    assert (compiled["graphs"], compiled["graphs_after_warmup"], compiled["fallback"]) == (8, 6, "")
+    assert (compiled["graphs"], compiled["graphs_after_warmup"], compiled["fallback"]) == (4, 2, "")
 
 
 def test_run_without_compilation_makes_no_graphs(tmp_path, data):
@@ -239,12 +241,18 @@ ALL_OF_MUON = {"MUON_ROW_NORMALIZE": 1, "POLAR_EXPRESS_NS": 1, "MUON_WD": 0.1}
 def five_steps(names, cfg, compiling: bool) -> tuple[dict, dict]:
     """(matrices, momentum) after five steps of changing phases, of which the third must not happen."""
     muon, params = muon_of(names, cfg)
-    muon.world = dataclasses.replace(lone(), compiling=compiling)
-    for i, phase in enumerate(PHASES):
-        give(params, i)
-        with torch.no_grad():
-            muon_step(muon, phase, torch.tensor(i != 2))
+    with mock.patch.object(train_gpt.World, "compiles_updates", compiling):
+        for i, phase in enumerate(PHASES):
+            give(params, i)
+            with torch.no_grad():
+                muon_step(muon, phase, torch.tensor(i != 2))
     return params, muon.state()
+
+
+def test_updates_are_compiled_on_a_gpu_alone():
+    worlds = [dataclasses.replace(lone(), compiling=c, device=torch.device(d)) for c, d in
+              ((True, "cuda"), (True, "cpu"), (False, "cuda"))]  # fmt: skip
+    assert [world.compiles_updates for world in worlds] == [True, False, False]
 
 
 @needs_compiler

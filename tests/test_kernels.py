@@ -126,6 +126,16 @@ def test_huge_logits_give_finite_losses_and_gradients(scale):
     assert 60 < found[0].max() < 60 + 4  # from cap to -cap, and the logarithm of the vocabulary
 
 
+def test_caps_so_high_that_a_row_could_vanish_below_them():
+    """Logits far below a cap of 100: exp(-200) is no float32."""
+    hidden, weight = torch.full((3, 1), -500.0), torch.linspace(0.9, 1.1, 9)[:, None]
+    args = hidden.requires_grad_(), weight.requires_grad_(), torch.arange(3), 100.0
+    found, want = ours(*args), truth(*args)
+    assert (found[0] - want[0]).abs().max() <= 2.5e-5  # a float32 near 200 has steps of 1.5e-5
+    assert all(distance(a, b) <= 1e-3 for a, b in zip(found, want, strict=True))
+    assert 2 < float(ours(*args)[0].min()) < float(ours(*args)[0].max()) < 3
+
+
 def test_not_a_number_comes_out_where_it_went_in():
     hidden, weight, targets = problem()
     hidden.data[17, 3] = torch.nan

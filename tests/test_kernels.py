@@ -133,7 +133,7 @@ def test_caps_so_high_that_a_row_could_vanish_below_them():
     found, want = ours(*args), truth(*args)
     assert (found[0] - want[0]).abs().max() <= 2.5e-5  # a float32 near 200 has steps of 1.5e-5
     assert all(distance(a, b) <= 1e-3 for a, b in zip(found, want, strict=True))
-    assert 2 < float(ours(*args)[0].min()) < float(ours(*args)[0].max()) < 3
+    assert bool(((found[0] > 2) & (found[0] < 3)).all())
 
 
 def test_not_a_number_comes_out_where_it_went_in():

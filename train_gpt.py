@@ -4385,7 +4385,9 @@ def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
         targets = torch.arange(384, device=world.device) % cfg.model.vocab
         both = model.loss_of, softcapped_nll_ref
         forms = [functools.partial(f, targets=targets, cap=cfg.model.softcap) for f in both]
-        tried["FUSED_CE_ENABLED"] = unlike(*forms, [3.0 * draw(384, width), draw(cfg.model.vocab, width)])
+        tried["FUSED_CE_ENABLED"] = unlike(
+            *forms, [3.0 * draw(384, width), draw(cfg.model.vocab, width) / width**0.5]
+        )
     if cfg.compute.fused_mlp and world.dtype == torch.bfloat16:
         forms = [functools.partial(f, slope=cfg.model.slope) for f in (squared_mlp(), squared_mlp_ref)]
         inputs = [draw(384, width), draw(cfg.model.hidden, width), draw(width, cfg.model.hidden)]

@@ -162,14 +162,14 @@ class ComputeConfig:
                           "Triton on a GPU, by chunks on a CPU")
     ce_form: str = knob("FUSED_CE_FORM", "auto", "how Triton makes that loss; auto = one_pass; approximate = "
                         "that with the hardware's tanh; two_pass = as record 1855",
-                        choices=("auto", "one_pass", "approximate", "two_pass"), tiny="auto")
+                        choices=("auto", "one_pass", "approximate", "two_pass"))
     fused_mlp: bool = knob("FUSED_MLP", True, "on a GPU in bfloat16: the MLP's activation inside Triton's "
                            "matrix product")
     attention: str = knob("ATTENTION", "auto", "kernel of attention; auto = the first that can run here",
                           choices=("auto", "flash3", "flash2", "varlen", "flex", "sdpa"), tiny="auto")
     compile_mode: str = knob("COMPILE_MODE", "default", "how hard torch.compile tries on the blocks; none "
                              "with CUDA graphs, in whose memory gradients could not add up",
-                             choices=("default", "max-autotune-no-cudagraphs"), tiny="default")
+                             choices=("default", "max-autotune-no-cudagraphs"))
 
 
 @dataclass(frozen=True)

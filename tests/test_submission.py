@@ -385,7 +385,7 @@ MUTANTS = {  # name: (text of the folded program, what stands in its place)
     "a comparison": ("if j < plan.skips", "if j <= plan.skips"),
     "operands": ("a * cos + b * sin, b * cos - a * sin", "b * cos - a * sin, a * cos + b * sin"),
     "a default": ("zero: bool=False", "zero: bool=True"),
-    "an argument": ("torch.where(ok, new, stack.momentum,", "torch.where(ok, stack.momentum, new,"),
+    "an argument": ("torch.where(ok, new, momentum,", "torch.where(ok, momentum, new,"),
     "a step left out": ("rotate(norm(t.view(heads)), ctx.rope)", "norm(t.view(heads))"),
 }
 

@@ -31,15 +31,15 @@ settings.load_profile("repeatable")
 # group of tests -> (seconds it may take on two cores, its files). A new file of tests gets a group here.
 GROUPS = {
     "chapters and data": (
-        180, "chapters scripts config schedule world data prepare caseops download bad_input",
+        180, "chapters scripts config schedule world data prepare caseops download bad_input faults",
     ),
     "builder": (300, "submission"),
-    "kernels": (180, "kernels triton gpu_suite storage coding bitpacking bench"),
-    "models": (180, "features model optimizer train objective compile ranks"),
+    "kernels": (180, "kernels compile triton gpu_suite storage coding bitpacking bench"),
+    "models": (180, "features model optimizer train objective ranks"),
     "evaluation": (180, "export calibrate evaluate output causality legality"),
     "distillation": (120, "teachers distillation"),
     "records": (120, "records readme audit sweep"),
-    "robustness": (120, "robustness checkpoint resume faults dependencies regressions"),
+    "robustness": (120, "robustness checkpoint resume dependencies regressions"),
 }  # fmt: skip
 GROUP_OF = {f"test_{name}.py": group for group, (_, names) in GROUPS.items() for name in names.split()}
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from common import ROOT
 from gpu_timing import (
     BROKEN,
     LEAST,
-    ROOT,
     Bench,
     Case,
     Timing,

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import torch
+from common import facts
+from torch import Tensor
 
-import torch  # noqa: E402  (the project's folder is put on the path first)
-from torch import Tensor  # noqa: E402
-
-import train_gpt as tg  # noqa: E402
+import train_gpt as tg
 
 CAP = 30.0  # LOGIT_SOFTCAP of the records
 LEAST = 10  # samples that a median wants
@@ -155,8 +151,7 @@ def machine(place: Gpu | Host) -> dict:
         triton = installed.version("triton")
     except installed.PackageNotFoundError:
         triton = "not installed"
-    source = sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:16]
-    found = {"torch": torch.__version__, "triton": triton, "python": sys.version.split()[0], "source": source}
+    found = facts("torch", "python", "source") | {"triton": triton}
     return place.describe() | found | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
 
 

@@ -22,7 +22,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import BROKEN, CAP, ROOT, Bench, BoxEndedError, Case, Gpu, last_line, machine
+from common import ROOT
+from gpu_timing import BROKEN, CAP, Bench, BoxEndedError, Case, Gpu, last_line, machine
 from torch import Tensor
 
 import train_gpt as tg

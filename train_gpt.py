@@ -367,13 +367,10 @@ class ScheduleConfig:
     warmdown_iters: int = knob("WARMDOWN_ITERS", 1200, "last steps, with falling rate, at the measured pace",
                                within=(0, None), tiny=3)
     min_lr: float = knob("MIN_LR", 0.0, "floor of the learning-rate multiplier", within=(0.0, 1.0))
-    qat: bool = knob("QAT_ENABLED", False, "train through the quantiser of the artifact from step 0")
+    qat: str = knob("QAT_ENABLED", "auto", "train through the quantiser of the artifact from step 0; auto = "
+                    "with ternary weights and no LATE_QAT_THRESHOLD", choices=("auto", "0", "1"))
     late_qat: float = knob("LATE_QAT_THRESHOLD", 0.0, "train through it once the rate factor is below this",
                            within=(0.0, 1.0), on=0.9)
-
-    @property
-    def quantises(self) -> bool:
-        return self.qat or self.late_qat > 0
 
 
 @dataclass(frozen=True)
@@ -478,6 +475,17 @@ class Config:
     @property
     def rope_dims(self) -> int:
         return self.attn.rope_dims or self.model.head_dim
+
+    @property
+    def qat_from_start(self) -> bool:
+        """Ternary weights that were not trained as such are noise; integers are found after training too."""
+        ternary = "ternary" in (self.export.matrix_codec, self.export.embed_codec)
+        alone = self.schedule.qat == "auto" and ternary and self.schedule.late_qat == 0
+        return self.schedule.qat == "1" or alone
+
+    @property
+    def quantises(self) -> bool:
+        return self.qat_from_start or self.schedule.late_qat > 0
 
     @property
     def lanes_start(self) -> int:
@@ -909,7 +917,7 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     warm = min(at.step / cfg.optim.momentum_steps, 1.0) if cfg.optim.momentum_steps else 1.0
     momentum = (1 - warm) * cfg.optim.momentum_start + warm * cfg.optim.momentum
     looping = cfg.loop.on and fraction(at, cfg) >= cfg.loop.at
-    qat = cfg.schedule.qat or lr < cfg.schedule.late_qat
+    qat = cfg.qat_from_start or lr < cfg.schedule.late_qat
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
     return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay)
 
@@ -921,7 +929,7 @@ def final_phase(cfg: Config) -> Phase:
 
 def warm_phases(cfg: Config) -> list[Phase]:
     """One phase for each distinct forward graph that the run will meet, in order."""
-    quant = {cfg.schedule.qat, cfg.schedule.qat or cfg.schedule.late_qat > 0}
+    quant = {cfg.qat_from_start, cfg.quantises}
     loops = {0, cfg.loop.count}
     return [Phase(1.0, cfg.optim.momentum, n, q) for q, n in itertools.product(sorted(quant), sorted(loops))]
 
@@ -3610,6 +3618,11 @@ class Weighted(nn.Module):
         return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
 
 
+def gain(p: Tensor, phase: Phase) -> Tensor:
+    """A gain, scale or bias, or the float16 that the artifact will hold of it."""
+    return Half().fake_quant(p) if phase.qat else p
+
+
 class Proj(Weighted):
     """Every matrix multiply.
 
@@ -3678,7 +3691,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 # ======================================================================================
 # 11. Mixers -- tokens meet here
-# uses: Config Storage Layers
+# uses: Config Schedule Storage Layers
 # ======================================================================================
 
 
@@ -3708,7 +3721,7 @@ def gate_forms(cfg: Config) -> dict[str, GateForm]:
     return forms
 
 
-class HeadGate(nn.Module):
+class HeadGate(Weighted):
     """A factor for each token and head."""
 
     def __init__(self, form: GateForm, cfg: Config) -> None:
@@ -3720,11 +3733,11 @@ class HeadGate(nn.Module):
             self.bias = nn.Parameter(torch.full((cfg.model.heads,), form.bias))
             self.tags["bias"] = Tag(Half(), "scalar")
 
-    def forward(self, x: Tensor, queries: Tensor) -> Tensor:  # (B,T,D), (B,T,H*K) -> (B,T,H,1)
+    def forward(self, x: Tensor, queries: Tensor, phase: Phase) -> Tensor:  # (B,T,D), (B,T,H*K) -> (B,T,H,1)
         read = (queries if self.form.of_queries else x)[..., : self.form.window]
-        z = self.form.slope * F.linear(read, self.weight.to(x.dtype))
+        z = self.form.slope * F.linear(read, self.effective(phase).to(x.dtype))
         if self.form.bias is not None:
-            z = z + self.bias.to(x.dtype)
+            z = z + gain(self.bias, phase).to(x.dtype)
         return self.form.height * torch.sigmoid(z)[..., None]
 
 
@@ -3768,16 +3781,16 @@ class Attention(nn.Module):
         v = self.values(v, ctx).view(heads)
         first = v
         if self.cfg.attn.value_residual and ctx.first is not None:
-            mix = self.value_mix.to(v.dtype)
+            mix = gain(self.value_mix, ctx.phase).to(v.dtype)
             v = mix[0] * ctx.first + mix[1] * v
         q, k = (rotate(norm(t.view(heads)), ctx.rope) for t in (queries, k))
-        q = q * self.q_gain.to(q.dtype)[:, None]
+        q = q * gain(self.q_gain, ctx.phase).to(q.dtype)[:, None]
         y = self.attend(q, k, v, ctx.docs, ctx.longest)
         if self.cfg.attn.xsa_last and self.own_removed:
             y = without_own_value(y, v)
         if self.cfg.attn.gated:
             for gate in self.gates.values():
-                y = y * gate(x, queries)
+                y = y * gate(x, queries, ctx.phase)
         return Out(
             self.proj(y.flatten(2), ctx.phase), NO_AUX, first if self.cfg.attn.value_residual else None
         )
@@ -3785,7 +3798,7 @@ class Attention(nn.Module):
     def values(self, v: Tensor, ctx: Ctx) -> Tensor:  # (B,T,G*K)
         """With what the token's own row of the table adds."""
         if self.cfg.input.values and self.reads_table:
-            return v + self.table_scale.to(v.dtype) * ctx.table
+            return v + gain(self.table_scale, ctx.phase).to(v.dtype) * ctx.table
         return v
 
 
@@ -3834,7 +3847,7 @@ def make_ffn(cfg: Config, layer: int) -> nn.Module:
 
 # ======================================================================================
 # 13. Memory -- what a token brings besides its embedding
-# uses: Config Storage Layers
+# uses: Config Schedule Storage Layers
 # ======================================================================================
 
 
@@ -3850,10 +3863,10 @@ class Smear(nn.Module):
         self.amount = nn.Parameter(torch.zeros(1))
         self.tags = dict.fromkeys(("weight", "amount"), Tag(Half(), "scalar"))
 
-    def forward(self, e: Tensor, starts: Tensor) -> Tensor:  # (B,T,D), (B,T) bool
+    def forward(self, e: Tensor, starts: Tensor, phase: Phase) -> Tensor:  # (B,T,D), (B,T) bool
         now, before = e[:, 1:], e[:, :-1]
-        gate = torch.sigmoid(F.linear(now[..., : self.weight.shape[1]], self.weight.to(e.dtype)))
-        gate = self.amount.to(e.dtype) * gate * ~starts[:, 1:, None]
+        weight, amount = (gain(p, phase).to(e.dtype) for p in (self.weight, self.amount))
+        gate = amount * torch.sigmoid(F.linear(now[..., : weight.shape[1]], weight)) * ~starts[:, 1:, None]
         return torch.cat([e[:, :1], now + gate * before], 1)
 
 
@@ -3878,7 +3891,7 @@ class BigramHash(nn.Module):
 
     def forward(self, ctx: Ctx, starts: Tensor, dtype: torch.dtype) -> Tensor:  # -> (B,T,D)
         found = self.table(self.rows_of(ctx.tokens, starts), ctx.phase).to(dtype)
-        return self.amount.to(dtype) * self.proj(found, ctx.phase)
+        return gain(self.amount, ctx.phase).to(dtype) * self.proj(found, ctx.phase)
 
 
 class ValueTable(nn.Module):
@@ -3894,7 +3907,7 @@ class ValueTable(nn.Module):
 
     def forward(self, ctx: Ctx, dtype: torch.dtype) -> Tensor:  # -> (B,T,G*K)
         found = self.table(ctx.tokens, ctx.phase).to(dtype)
-        return self.amount.to(dtype) * self.proj(found, ctx.phase)
+        return gain(self.amount, ctx.phase).to(dtype) * self.proj(found, ctx.phase)
 
 
 # ======================================================================================
@@ -3941,24 +3954,24 @@ class Block(nn.Module):
             self.tags |= dict.fromkeys(("delta_weight", "delta_bias"), Tag(Half(), "scalar"))
 
     def forward(self, x: Tensor, x0: Tensor, ctx: Ctx) -> Out:  # (B,T,D) twice
-        mix = self.resid_mix.to(x.dtype)
+        mix = gain(self.resid_mix, ctx.phase).to(x.dtype)
         start = mix[0] * x + mix[1] * x0
         a = self.mixed(start, ctx)
         x = start + a.y
         m = self.fed(x, ctx)
         x = x + m.y
         if self.cfg.residual.delta_gate:
-            open_ = F.linear(start, self.delta_weight.to(x.dtype), self.delta_bias.to(x.dtype))
-            x = start + torch.sigmoid(open_) * (x - start)
+            weight, bias = (gain(p, ctx.phase).to(x.dtype) for p in (self.delta_weight, self.delta_bias))
+            x = start + torch.sigmoid(F.linear(start, weight, bias)) * (x - start)
         return Out(x, add_aux(a.aux, m.aux), a.values)
 
     def mixed(self, x: Tensor, ctx: Ctx) -> Out:
         a = self.attn(self.entering(x, ctx), ctx)
-        return a._replace(y=self.attn_scale.to(x.dtype) * a.y)
+        return a._replace(y=gain(self.attn_scale, ctx.phase).to(x.dtype) * a.y)
 
     def fed(self, x: Tensor, ctx: Ctx) -> Out:
         m = self.mlp(self.entering(x, ctx), ctx)
-        return m._replace(y=self.mlp_scale.to(x.dtype) * m.y)
+        return m._replace(y=gain(self.mlp_scale, ctx.phase).to(x.dtype) * m.y)
 
     def entering(self, x: Tensor, ctx: Ctx) -> Tensor:
         return norm(x) * ctx.scale if self.cfg.residual.ln_scale else norm(x)
@@ -3968,7 +3981,7 @@ class LaneBlock(Block):
     """Mixer and feed-forward side by side, each reading its own lane, both writing to both (frontier 2.9)."""
 
     def forward(self, x: Tensor, x0: Tensor, ctx: Ctx) -> Out:  # (2,B,T,D), (B,T,D)
-        mix = self.resid_mix.to(x.dtype)
+        mix = gain(self.resid_mix, ctx.phase).to(x.dtype)
         a = self.mixed(mix[0] * x[0] + mix[1] * x0, ctx)
         m = self.fed(x[1], ctx)
         goes_on, takes_in = (t.to(x.dtype)[..., None, None, None] for t in ctx.lanes)
@@ -4064,7 +4077,7 @@ class GPT(nn.Module):
             x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
         for j, layer in enumerate(plan.decoder):
             if j < plan.skips:
-                x = self.skip(j, layer, x, kept[-1 - j])
+                x = self.skip((j, layer), x, kept[-1 - j], ctx.phase)
             out, ctx = self.visit(layer, x, x0, ctx)
             x, aux = out.y, add_aux(aux, out.aux)
         return Out(norm(self.read_out(x)), aux)
@@ -4075,7 +4088,7 @@ class GPT(nn.Module):
         if self.cfg.input.bigram_on:
             e = e + self.bigram(ctx, starts_of(ctx), e.dtype)
         if self.cfg.input.smear:
-            e = self.smear(e, starts_of(ctx))
+            e = self.smear(e, starts_of(ctx), ctx.phase)
         return norm(e)
 
     def filled(self, ctx: Ctx, x: Tensor) -> Ctx:
@@ -4098,11 +4111,11 @@ class GPT(nn.Module):
             ctx = ctx._replace(first=out.values)
         return out, ctx
 
-    def skip(self, j: int, layer: int, x: Tensor, kept: Tensor) -> Tensor:
-        """x before a layer, with the encoder's output that the j-th step of the decoder gets."""
-        s = self.skip_weights[j].to(kept.dtype) * kept
+    def skip(self, at: tuple[int, int], x: Tensor, kept: Tensor, phase: Phase) -> Tensor:
+        """x before a layer, with what the encoder gives this step of the decoder; at is (step, layer)."""
+        s = gain(self.skip_weights[at[0]], phase).to(kept.dtype) * kept
         if self.cfg.residual.skip_gates:
-            return torch.lerp(s, x, torch.sigmoid(self.skip_gates[j]).to(s.dtype))
+            return torch.lerp(s, x, torch.sigmoid(gain(self.skip_gates[at[0]], phase)).to(s.dtype))
         return x + s
 
     def read_out(self, x: Tensor) -> Tensor:
@@ -4130,15 +4143,15 @@ class LaneGPT(GPT):
 
     def visit(self, layer: int, x: Tensor, x0: Tensor, ctx: Ctx) -> tuple[Out, Ctx]:
         if layer >= self.cfg.lanes_start:
-            lanes = (self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer])
-            ctx = ctx._replace(lanes=lanes)
+            rows = (self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer])
+            ctx = ctx._replace(lanes=tuple(gain(row, ctx.phase) for row in rows))
         return super().visit(layer, self.split(layer, x), x0, ctx)
 
-    def skip(self, j: int, layer: int, x: Tensor, kept: Tensor) -> Tensor:
-        x = self.split(layer, x)
+    def skip(self, at: tuple[int, int], x: Tensor, kept: Tensor, phase: Phase) -> Tensor:
+        x = self.split(at[1], x)
         if x.ndim == 3:
-            return super().skip(j, layer, x, kept)
-        return torch.stack([super().skip(j, layer, x[0], kept), x[1]])
+            return super().skip(at, x, kept, phase)
+        return torch.stack([super().skip(at, x[0], kept, phase), x[1]])
 
     def read_out(self, x: Tensor) -> Tensor:
         """Of the lanes their mean or one of them."""
@@ -4241,7 +4254,7 @@ def make_fast(model: GPT, world: World) -> GPT:
         options = {}
         if model.cfg.compute.compile_mode != "default":
             options |= torch._inductor.list_mode_options(model.cfg.compute.compile_mode)
-        if model.cfg.schedule.quantises:
+        if model.cfg.quantises:
             # inductor leaves out a rounding to float16 and back, as in a codec's scale, unless told not to
             options |= {"emulate_precision_casts": True}
         for block in model.blocks:
@@ -5697,6 +5710,12 @@ def rows_per_forward(width: int, cfg: Config, world: World) -> int:
     return max(1, cfg.scoring.batch_tokens // (world.size * micro_batches(cfg, world.size) * width))
 
 
+@of_config
+def validates_quantised(cfg: Config) -> bool:
+    """Whether some validation during training looks through the quantiser, as training does."""
+    return cfg.quantises and cfg.run.val_every > 0
+
+
 @torch.no_grad()
 def warm_evaluation(model: GPT, bos: int, cfg: Config, world: World) -> None:
     """Compile what scoring will run, on random tokens, before the clock starts; the random state is kept."""
@@ -5709,7 +5728,8 @@ def warm_evaluation(model: GPT, bos: int, cfg: Config, world: World) -> None:
     rows = min(rows_per_forward(width, cfg, world), share)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab, (rows, width + 1), dtype=np.int64)
     model.eval()
-    window_nll(model, list(tokens), bos, cfg, world, final_phase(cfg))
+    for phase in [final_phase(cfg)] + [final_phase(cfg)._replace(qat=True)] * validates_quantised(cfg):
+        window_nll(model, list(tokens), bos, cfg, world, phase)
     model.train()
 
 
@@ -6105,7 +6125,7 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     cfg, world = t.cfg, t.world
 
     def validate(step: int, train_ms: float) -> None:
-        now = phase_at(Progress(step, train_ms / 1000), cfg)._replace(qat=False)  # loops as trained so far
+        now = phase_at(Progress(step, train_ms / 1000), cfg)  # loops and quantiser as trained so far
         with world.journal.phase("validate"):
             score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world, now)
         world.log(

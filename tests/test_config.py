@@ -262,7 +262,7 @@ def environments(draw) -> dict[str, str]:
     env = draw(st.fixed_dictionaries({}, optional={name: values(KNOBS[name]) for name in FREE}))
     kv, groups, pairs = (draw(st.integers(1, 6)) for _ in range(3))
     sizes = {"NUM_KV_HEADS": kv, "NUM_HEADS": kv * groups, "MODEL_DIM": 2 * pairs * kv * groups}
-    sizes |= {"NUM_LAYERS": draw(st.integers(6, 20)), "NUM_LOOPS": draw(st.integers(0, 3))}
+    sizes |= {"NUM_LAYERS": draw(st.integers(7, 20)), "NUM_LOOPS": draw(st.integers(0, 3))}
     length, spans = draw(st.integers(64, 256)), draw(st.integers(1, 9))
     sizes |= {"TRAIN_SEQ_LEN": length, "TRAIN_SPANS": spans, "TRAIN_BATCH_TOKENS": length * spans * 3}
     sizes |= {"GATE_WINDOW": draw(st.integers(1, 2)), "VE_LAYERS": draw(st.sampled_from(["", "1", "0, 5"]))}

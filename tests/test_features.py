@@ -11,7 +11,7 @@ from torch import nn
 import build_submission as builder
 import train_gpt
 from conftest import ROOT, read_env, tiny_env
-from test_model import config, lone, nats, packed_nats, scrambled, tokens_of
+from test_model import PLAIN, config, lone, nats, packed_nats, scrambled, tokens_of
 from train_gpt import Batch, Config, Ctx, final_phase, make_model, objective, packed, param_tags, read_config
 
 FEATURES = {  # what is switched on: its knobs
@@ -281,11 +281,11 @@ def test_gate_of_a_head(knobs, start, formula):
     cfg, (x, q) = config(**knobs), (random(1, 3, 32), random(1, 3, 32, seed=1))
     ((_, form),) = train_gpt.gate_forms(cfg).items()
     gate = train_gpt.HeadGate(form, cfg).double()
-    assert gate(x, q).shape == (1, 3, 4, 1)
-    assert (gate(x, q) - start).abs().max() < 1e-3
+    assert gate(x, q, PLAIN).shape == (1, 3, 4, 1)
+    assert (gate(x, q, PLAIN) - start).abs().max() < 1e-3
     with torch.no_grad():
         gate.weight.copy_(random(*gate.weight.shape, seed=2))
-    assert torch.allclose(gate(x, q)[..., 0], formula(gate.weight, x, q), atol=1e-12)
+    assert torch.allclose(gate(x, q, PLAIN)[..., 0], formula(gate.weight, x, q), atol=1e-12)
 
 
 def test_gates_that_are_on_together_multiply():
@@ -359,7 +359,7 @@ def test_lanes_begin_alike_take_skips_on_the_first_and_are_read_out_as_asked():
         for lane in ("mean", "attn", "mlp")
     }
     lanes, kept = torch.randn(2, 1, 4, 32), torch.randn(1, 4, 32)
-    found = models["mean"].skip(0, 2, lanes, kept)
+    found = models["mean"].skip((0, 2), lanes, kept, PLAIN)
     assert torch.allclose(found[0], lanes[0] + kept) and torch.equal(found[1], lanes[1])
     read = {lane: model.read_out(lanes) for lane, model in models.items()}
     assert torch.equal(read["attn"], lanes[0]) and torch.equal(read["mlp"], lanes[1])
@@ -376,12 +376,12 @@ def test_lanes_begin_behind_encoder_and_loop(asked, loops, start):
 def test_skip_gate_weighs_the_skip_against_the_stream():
     model = make_model(config(SKIP_GATES_ENABLED=1), lone())
     x, kept = torch.randn(1, 4, 32), torch.randn(1, 4, 32)
-    assert torch.allclose(model.skip(0, 1, x, kept), (x + kept) / 2)
+    assert torch.allclose(model.skip((0, 1), x, kept, PLAIN), (x + kept) / 2)
     with torch.no_grad():
         model.skip_gates.copy_(torch.randn_like(model.skip_gates))
         model.skip_weights.copy_(torch.randn_like(model.skip_weights))
     g, s = torch.sigmoid(model.skip_gates[0]), model.skip_weights[0] * kept
-    assert torch.allclose(model.skip(0, 1, x, kept), g * x + (1 - g) * s, atol=1e-6)
+    assert torch.allclose(model.skip((0, 1), x, kept, PLAIN), g * x + (1 - g) * s, atol=1e-6)
 
 
 def test_delta_gate_holds_back_what_a_layer_adds():
@@ -401,11 +401,11 @@ def test_smear_adds_the_token_before_but_never_another_documents():
     tokens = torch.tensor([[7, 9, 1, 8, 6]])
     e = random(1, 5, 32)
     starts = train_gpt.starts_of(context(cfg, tokens))
-    assert torch.equal(smear(e, starts), e), "the amount begins at zero"
+    assert torch.equal(smear(e, starts, PLAIN), e), "the amount begins at zero"
     with torch.no_grad():
         smear.weight.copy_(random(1, 12, seed=1))
         smear.amount.fill_(0.7)
-    found = smear(e, starts)
+    found = smear(e, starts, PLAIN)
     for t in range(5):
         gate = 0.7 * torch.sigmoid(e[0, t, :12] @ smear.weight[0])
         wanted = e[0, t] + gate * e[0, t - 1] if t not in (0, 2) else e[0, t]

@@ -5254,6 +5254,12 @@ def take_step(t: Trainer, now: Progress) -> None:
     flush_reports(t, keep=1 if event is not None else 0)
 
 
+def trained_phase(t: Trainer) -> Phase:
+    """As a loaded artifact, for weights that are not one yet: through the quantiser if they ended so."""
+    end = phase_at(Progress(t.state.step, t.clock.elapsed(), t.clock.reserve), t.cfg)
+    return final_phase(t.cfg)._replace(qat=end.qat)
+
+
 def flush_reports(t: Trainer, keep: int) -> None:
     while len(t.reports) > keep:
         report(t, t.reports.popleft())
@@ -5710,12 +5716,6 @@ def rows_per_forward(width: int, cfg: Config, world: World) -> int:
     return max(1, cfg.scoring.batch_tokens // (world.size * micro_batches(cfg, world.size) * width))
 
 
-@of_config
-def validates_quantised(cfg: Config) -> bool:
-    """Whether some validation during training looks through the quantiser, as training does."""
-    return cfg.quantises and cfg.run.val_every > 0
-
-
 @torch.no_grad()
 def warm_evaluation(model: GPT, bos: int, cfg: Config, world: World) -> None:
     """Compile what scoring will run, on random tokens, before the clock starts; the random state is kept."""
@@ -5728,8 +5728,8 @@ def warm_evaluation(model: GPT, bos: int, cfg: Config, world: World) -> None:
     rows = min(rows_per_forward(width, cfg, world), share)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab, (rows, width + 1), dtype=np.int64)
     model.eval()
-    for phase in [final_phase(cfg)] + [final_phase(cfg)._replace(qat=True)] * validates_quantised(cfg):
-        window_nll(model, list(tokens), bos, cfg, world, phase)
+    for quantised in {False, cfg.quantises}:  # a loaded artifact, and weights as they are trained
+        window_nll(model, list(tokens), bos, cfg, world, final_phase(cfg)._replace(qat=quantised))
     model.train()
 
 
@@ -6204,7 +6204,7 @@ def story(cfg: Config, doubts: list[str], world: World) -> int:
     if cfg.run.saves and blob is None:
         return 128 + signal.SIGTERM
     with t.world.journal.phase("eval_pre_quant"):
-        before, _ = evaluate(t.model, val(), cfg.eval_len, cfg, t.world)
+        before, _ = evaluate(t.model, val(), cfg.eval_len, cfg, t.world, trained_phase(t))
     t.world.log(f"pre-quantization post-ema {before.line()}")
     scores = {"pre_quant": before, **score_artifact(blob, val(), cfg, t.world)}
     finish(results_of(t, scores, facts, cfg, t.world), blob, val(), facts, t.world)

@@ -432,10 +432,12 @@ def render(sweep: Sweep, lines: list[dict]) -> str:
         *([sweep.heads["about"], ""] if "about" in sweep.heads else []),
         f"`python records/sweep.py {shown_path(sweep.path)}`: base `{sweep.heads['base']}`, score: {score}, "
         f"in bits per byte. sd is the standard deviation over seeds. A difference is to the row named beside "
-        f"it, also in units of {first.name}'s sd: beyond 2 of them better or worse, beyond 4 clearly so.",
+        f"it, also in units of {first.name}'s sd: beyond 2 of them better or worse, beyond 4 clearly so. "
+        "Round trip: the artifact's score less that of the weights as trained.",
         "",
-        "| row | knobs | runs | bpb | sd | difference | in sd | steps | tokens/s | artifact bytes | source |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| row | knobs | runs | bpb | sd | difference | in sd | round trip | parameters | steps | tokens/s | "
+        "artifact bytes | source |",
+        f"|{'---|' * 13}",
     ]
     body = [table_row(row, found, found[first.name].spread) for row in sweep.rows]
     tabled = [line for summary in found.values() for line in summary.lines]
@@ -452,11 +454,11 @@ def table_row(row: Row, found: dict[str, Summary], unit: float | None) -> str:
     words = f"`{row.words}`" if row.words else ""
     cells = [row.name, words, f"{len(own.bpb)} of {len(row.seeds)}"]
     if not own.bpb:
-        return f"| {' | '.join([*cells, 'not run', *['-'] * 7])} |"
+        return f"| {' | '.join([*cells, 'not run', *['-'] * 9])} |"
     cells += [f"{own.mean:.4f}" + " (partial)" * own.partial]
     cells += [f"{own.spread:.4f}" if own.spread is not None else "-"]
     cells += compared(own, other, unit, row.against) if row.against != row.name else ["-", "-"]
-    cells += [span(own, "steps"), span(own, "tokens_per_second")]
+    cells += [lost(own), span(own, "params"), span(own, "steps"), span(own, "tokens_per_second")]
     cells += [f"{statistics.fmean(line['bytes']['model'] for line in own.lines):,.0f}"]
     cells += [", ".join(sorted({line["source"][:8] for line in own.lines}))]
     return f"| {' | '.join(cells)} |"
@@ -472,6 +474,12 @@ def compared(own: Summary, other: Summary, unit: float | None, name: str) -> lis
     size, word = abs(gap) / unit, "better" if gap < 0 else "worse"
     verdict = "no difference" if size <= 2 else word if size <= 4 else f"clearly {word}"
     return [f"{gap:+.4f} to {name}", f"{gap / unit:+.1f}, {verdict}"]
+
+
+def lost(own: Summary) -> str:
+    """What the trip through the artifact costs, the mean over runs."""
+    gaps = [line["scores"]["roundtrip"][0] - line["scores"]["pre_quant"][0] for line in own.lines]
+    return f"{statistics.fmean(gaps):+.7f}"
 
 
 def span(own: Summary, key: str) -> str:

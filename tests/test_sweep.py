@@ -76,7 +76,7 @@ def as_if_run(job: sweep.Job, bpb: float, **changed) -> dict:
         "versions": {"torch": "2.13.0"}, "device": "cpu", "dtype": "torch.float32", "world_size": 1,
         "params": 9, "steps": 400, "train_tokens": 9, "train_seconds": 1.0, "tokens_per_second": 10_000.4,
         "process_seconds": 1.0, "bytes": {"code": 1, "model": 1_000_000, "total": 2}, "score": "roundtrip",
-        "scores": {"roundtrip": [bpb, False], "sliding": [bpb / 2, False]},
+        "scores": {"pre_quant": [bpb - 1e-6, False], "roundtrip": [bpb, False], "sliding": [bpb / 2, False]},
     }  # fmt: skip
     return line | changed
 
@@ -289,12 +289,12 @@ def test_table_is_what_the_lines_say(tmp_path, idle):
     bench = filled(Bench(tmp_path), {"B0": [2.0, 2.1, 2.2], "xsa": [1.8, 1.9], "more": [1.5]})
     assert bench.here("--table") == 0
     want = """\
-| row | knobs | runs | bpb | sd | difference | in sd | steps | tokens/s | artifact bytes | source |
-|---|---|---|---|---|---|---|---|---|---|---|
-| B0 | `SEED=1,2,3` | 3 of 3 | 2.1000 | 0.1000 | - | - | 400 | 10,000 | 1,000,000 | 01234567 |
-| xsa | `QK_GAIN_INIT=2` | 2 of 2 | 1.8500 | 0.0707 | -0.2500 to B0 | -2.5, better | 400 | 10,000 | 1,000,000 | 01234567 |
-| more | `@xsa SEED=1 ROPE_BASE=99` | 1 of 1 | 1.5000 | - | -0.3500 to xsa | -3.5, better | 400 | 10,000 | 1,000,000 | 01234567 |
-| never | `MLP_MULT=3` | 0 of 2 | not run | - | - | - | - | - | - | - |
+| row | knobs | runs | bpb | sd | difference | in sd | round trip | parameters | steps | tokens/s | artifact bytes | source |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| B0 | `SEED=1,2,3` | 3 of 3 | 2.1000 | 0.1000 | - | - | +0.0000010 | 9 | 400 | 10,000 | 1,000,000 | 01234567 |
+| xsa | `QK_GAIN_INIT=2` | 2 of 2 | 1.8500 | 0.0707 | -0.2500 to B0 | -2.5, better | +0.0000010 | 9 | 400 | 10,000 | 1,000,000 | 01234567 |
+| more | `@xsa SEED=1 ROPE_BASE=99` | 1 of 1 | 1.5000 | - | -0.3500 to xsa | -3.5, better | +0.0000010 | 9 | 400 | 10,000 | 1,000,000 | 01234567 |
+| never | `MLP_MULT=3` | 0 of 2 | not run | - | - | - | - | - | - | - | - | - |
 
 * 2026-11-21, 2 cores of it, 1 x cpu in float32, torch 2.13.0
 """  # noqa: E501
@@ -333,20 +333,20 @@ def test_tabled_score_is_the_one_named(tmp_path, capsys, idle):
     assert "\nOne line.\n" in (tmp_path / "it.md").read_text()
     filled(bench, {}, "score = ttt")
     assert bench.here("--table") == 2
-    assert "score = ttt: a run of row 'B0' has roundtrip, sliding" in capsys.readouterr().err
+    assert "score = ttt: a run of row 'B0' has pre_quant, roundtrip, sliding" in capsys.readouterr().err
 
 
 def test_later_line_wins_partial_scores_say_so_and_strangers_are_counted(tmp_path, idle):
     bench = filled(Bench(tmp_path), {"B0": [2.0, 2.1, 2.2]})
     job = sweep.read_sweep(bench.file).jobs[0]
     raw = tmp_path / "raw/it.jsonl"
-    sweep.append(raw, as_if_run(job, 1.7, scores={"roundtrip": [1.7, True]}, source="f" * 16))
+    sweep.append(raw, as_if_run(job, 1.7, scores={"pre_quant": [1.7, True], "roundtrip": [1.7, True]}, source="f" * 16))
     sweep.append(raw, as_if_run(job, 9.0, row="renamed"))
     raw.write_text(raw.read_text().rstrip("\n"))  # a file that an editor has left without its last newline
     sweep.append(raw, as_if_run(job, 9.0, settings={"MLP_MULT": "7.0"}))
     bench.here("--table")
     assert bench.table[0][2:5] == ["3 of 3", "2.0000 (partial)", "0.2646"]
-    assert bench.table[0][10] == "01234567, ffffffff"
+    assert bench.table[0][12] == "01234567, ffffffff"
     assert "* 3 raw line(s) belong to no row above" in (tmp_path / "it.md").read_text()
 
 

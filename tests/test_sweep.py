@@ -221,7 +221,8 @@ def leave_results(bench: Bench, job: sweep.Job, **changed) -> None:
     results = {key: line[key] for key in line if key not in {"row", "settings", "date", "source", "machine"}}
     results |= {"source_sha256": "0" * 64, "config": sweep.train_gpt.knob_values(cfg)}
     results |= {"config_hash": sweep.train_gpt.config_hash(cfg)}
-    results |= {"scores": {"roundtrip": {"val_bpb": 1.5, "partial": False}}} | changed
+    score = {"val_bpb": 1.5, "partial": False}
+    results |= {"scores": {"pre_quant": score, "roundtrip": score}} | changed
     folder = sweep.folder_of(job, bench.runs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -340,7 +341,8 @@ def test_later_line_wins_partial_scores_say_so_and_strangers_are_counted(tmp_pat
     bench = filled(Bench(tmp_path), {"B0": [2.0, 2.1, 2.2]})
     job = sweep.read_sweep(bench.file).jobs[0]
     raw = tmp_path / "raw/it.jsonl"
-    sweep.append(raw, as_if_run(job, 1.7, scores={"pre_quant": [1.7, True], "roundtrip": [1.7, True]}, source="f" * 16))
+    part = {name: [1.7, True] for name in ("pre_quant", "roundtrip")}
+    sweep.append(raw, as_if_run(job, 1.7, scores=part, source="f" * 16))
     sweep.append(raw, as_if_run(job, 9.0, row="renamed"))
     raw.write_text(raw.read_text().rstrip("\n"))  # a file that an editor has left without its last newline
     sweep.append(raw, as_if_run(job, 9.0, settings={"MLP_MULT": "7.0"}))

@@ -145,8 +145,7 @@ class Recipe:
 
 def make_recipe(env: dict[str, str]) -> Recipe:
     """Check the knobs and sort them. Raises UserError for unknown names and what `read_config` refuses."""
-    known = {*train_gpt.all_knobs(), *train_gpt.ALIASES, *train_gpt.DERIVING, *train_gpt.WITHOUT_EFFECT}
-    strangers = [unknown_knob(name) for name in env if name not in known]
+    strangers = [unknown_knob(name) for name in env if name not in train_gpt.known_names()]
     strangers += [f"{name} is about one run, not part of a recipe" for name in ONE_RUN if name in env]
     if strangers:
         raise UserError("; ".join(strangers))

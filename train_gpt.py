@@ -202,13 +202,42 @@ class ModelConfig:
     tied: bool = knob("TIE_EMBEDDINGS", True, "the head is the embedding")
     embed_std: float = knob("TIED_EMBED_INIT_STD", 0.005, "spread of a tied embedding at the start",
                             within=(0.0, None))
-    softcap: float = knob("LOGIT_SOFTCAP", 30.0, "logits are cap * tanh(logits / cap)", within=(1e-3, None))
+    embed_dim: int = knob("EMBED_DIM", 0, "width of the embedding, with a matrix to MODEL_DIM behind it and "
+                          "one back in front of the head; 0 = MODEL_DIM, no matrices", within=(0, None),
+                          tiny=16)
+    embed_optim: str = knob("EMBED_PROJ_OPTIMIZER", "muon", "who trains those two matrices; adam = as the "
+                            "embedding", choices=("muon", "adam"))
+    vocab_bias: bool = knob("VOCAB_BIAS", False, "a learned bias of each logit, behind the cap")
+    softcap: float = knob("LOGIT_SOFTCAP", 30.0, "cap of the logits", within=(1e-3, None))
+    curve: str = knob("SOFTCAP_TYPE", "tanh", "how logits bend, s = logits / cap: cap * tanh(s); poly = a "
+                      "polynomial of degree 5, cut at the cap (T74); algebraic = cap * s / sqrt(1 + s^2)",
+                      choices=("tanh", "poly", "algebraic"))
+    z_loss: float = knob("Z_LOSS_WEIGHT", 0.0, "weight of the mean square of the logits' log-sum-exp in "
+                         "training; never part of a reported loss", within=(0.0, None), on=0.1)
     rope_base: float = knob("ROPE_BASE", 10000.0, "base of the rotary frequencies", within=(1.0, None))
     qk_gain: float = knob("QK_GAIN_INIT", 1.5, "learned gain of each query head at the start")
     slope: float = knob("MLP_NEGATIVE_SLOPE", 0.0, "slope of the MLP's ReLU below zero, before it is squared",
                         within=(0.0, 1.0), on=0.5)
-    init: str = knob("MATRIX_INIT", "uniform", "matrices that do not begin at zero: U(+-1/sqrt(inputs)), or "
-                     "orthogonal", choices=("uniform", "orthogonal"))
+    init: str = knob("MATRIX_INIT", "uniform", "matrices that do not begin at zero: U(+-1/sqrt(inputs)), "
+                     "orthogonal, or normal of MATRIX_INIT_STD", choices=("uniform", "orthogonal", "normal"))
+    init_std: float = knob("MATRIX_INIT_STD", 0.02, "spread of normal matrices at the start",
+                           within=(0.0, None))
+    out_std: float = knob("RESIDUAL_PROJ_INIT_STD", 0.0, "spread at the start of the matrices that end "
+                          "attention and MLP; 0 = they begin at zero", within=(0.0, None), on=0.01)
+    normed: str = knob("NORMED_PROJ", "none", "RMS norm of what the matrices that end attention and MLP "
+                       "read: plain, or with a learned gain; the MLP is not fused then",
+                       choices=("none", "plain", "gain"))
+
+    @property
+    def embed_width(self) -> int:
+        """Width of the embedding's rows and of what the head reads."""
+        return self.embed_dim or self.dim
+
+    @property
+    def extras(self) -> str:
+        """What the logits have beyond a tanh, in words for the log; Triton's kernels do not know of it."""
+        curve = "" if self.curve == "tanh" else "_" + self.curve
+        return curve + "_bias" * self.vocab_bias + "_z" * (self.z_loss > 0)
 
     @property
     def head_dim(self) -> int:
@@ -240,7 +269,14 @@ class AttnConfig:
     rope_dims: int = knob("ROPE_DIMS", 0, "dimensions of a head that rotary embedding turns; 0 = all",
                           within=(0, None), tiny=4)
     rope_ntk: bool = knob("ROPE_YARN", False, "stretch the rotary base where contexts are longer than in "
-                          "training (NTK)")
+                          "training (NTK); has nothing to do with ROPE_TYPE=yarn")
+    rope_type: str = knob("ROPE_TYPE", "rope", "rotary frequencies as they are, or yarn = the slow ones, by "
+                          "a ramp, as for contexts of YARN_MAX_LEN, in training too; not ROPE_YARN",
+                          choices=("rope", "yarn"))
+    yarn_len: int = knob("YARN_MAX_LEN", 2048, "context for which ROPE_TYPE=yarn slows them from "
+                         "TRAIN_SEQ_LEN", within=(1, None))
+    fused_qkv: bool = knob("FUSED_QKV", False, "queries, keys and values from one matrix, which Muon "
+                           "orthogonalises as a whole")
     xsa_last: int = knob("XSA_LAST_N", 0, "last layers whose heads drop what lies along their own value",
                          within=(0, None), on=2)
     dense_gate: bool = knob("GATED_ATTN_ENABLED", False, "a gate per head that reads every channel")
@@ -496,7 +532,12 @@ class Config:
     @property
     def fuses_ce(self) -> bool:
         """Its sums start at the cap and cannot vanish: exp(-2 * 40) is a normal float32."""
-        return self.compute.fused_ce and self.model.softcap <= 40.0
+        return self.compute.fused_ce and self.model.softcap <= 40.0 and not self.model.extras
+
+    @property
+    def fuses_mlp(self) -> bool:
+        """Its kernel multiplies at once by what a norm would have to see whole."""
+        return self.compute.fused_mlp and self.model.normed == "none"
 
     @property
     def two_passes(self) -> bool:
@@ -625,6 +666,13 @@ ALIASES = {
     "GATE_ATTN_OUT": "ATTN_OUT_GATE_ENABLED",
     "GATE_ATTN_SRC": "ATTN_OUT_GATE_SRC",
     "GATE_WIDTH": "GATE_WINDOW",
+    "BITNET_GROUP_SIZE": "TERNARY_GROUP",  # this and the next six: SKC and record T74
+    "WARMDOWN_FRACTION": "WARMDOWN_FRAC",
+    "SLIDING_EVAL": "SLIDING_WINDOW_ENABLED",
+    "SLIDING_EVAL_STRIDE": "EVAL_STRIDE",
+    "PARTIAL_ROPE_DIMS": "ROPE_DIMS",
+    "SMEAR": "SMEAR_GATE_ENABLED",
+    "MTP_HEADS": "MTP_NUM_HEADS",
     "CONTROL_TENSOR_NAME_PATTERNS": "refused: each parameter names its optimizer and codec where it is made",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "refused: each parameter names its codec where it is made",
     "TURBO_QUANT_KV": "refused: there is no key/value cache to quantise",
@@ -634,8 +682,46 @@ ALIASES = {
 }
 # Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix.
 VALUE_ALIASES = {("COMPRESSOR", "pergroup"): "auto"}
-DERIVING = ("DATA_DIR",)  # published names from which the value of others follows
-WITHOUT_EFFECT = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # published, read by no script
+# Published names from which the values of others follow.
+DERIVING = ("DATA_DIR", "FP_STORAGE", "ACTIVATION", "LEAKY_RELU_SLOPE")
+STORAGE = {  # of FP_STORAGE, which holds for all but the ternary matrices
+    "0": {"EMBED_CODEC": "int", "EMBED_BITS": "16"},
+    "fp8": {"EMBED_CODEC": "fp8"},
+    "1": {"EMBED_CODEC": "fp8"},
+    "fp4": {"EMBED_CODEC": "fp4"},
+}
+WITHOUT_EFFECT = {  # published -> why nothing follows from it
+    "PHASED_TTT_ENABLED": "no published script reads it",
+    "ROPE_TRAIN_SEQ_LEN": "no published script reads it",
+    "ADAM_LR": "record T74's Adam goes by SCALAR_LR and TIED_EMBED_LR",
+    "CORR_WEIGHT_LR": "nothing in record T74's model has this rate",
+    "TEMP_SCALING": "record T74's forward ignores the temperature",
+    "SLIDING_BATCH_SIZE": "VAL_BATCH_TOKENS says how much is scored at once",
+}
+ONE_SIZE = "a step has its full size from the first on"
+# Published names of what is not here: the only value that is taken, and what another would ask for. Names
+# that stand with no value belong to the one before them.
+NOT_HERE = {
+    "ATTN_PROJ_TYPE": ("standard", "attention projects by matrices alone"),
+    "LOGIT_HEAD_TYPE": ("standard", "the head is a matrix"),
+    "TVERSKY_NUM_FEATURES": ("0", "there are no Tversky features"),
+    "TVERSKY_MEMBERSHIP": ("", ""),
+    "TVERSKY_FEATURE_POOLS": ("", ""),
+    "DIFF_ATTN": ("0", "there is no differential attention"),
+    "MLP_GROUPS": ("0", "the MLP is not grouped"),
+    "REFINER": ("0", "there is no refiner"),
+    "REFINER_KERNEL": ("", ""),
+    "BIGRAM_HASH": ("0", "the table of token pairs is BIGRAM_VOCAB_SIZE here"),
+    "MATRIX_OPTIMIZER": ("muon", "Muon trains the matrices"),
+    "TRAINING_DEPTH_RECURRENCE": ("0", "depth recurrence is NUM_LOOPS here"),
+    "EVAL_DEPTH_RECURRENCE": ("0", "depth recurrence is NUM_LOOPS here"),
+    "BATCH_TOKENS_START": ("0", ONE_SIZE),
+    "BATCH_SCHEDULE_FRACTION": ("", ""),
+    "SEQ_LEN_START": ("0", ONE_SIZE),
+    "SEQ_SCHEDULE_FRACTION": ("", ""),
+    "UNTIE_AT_FRACTION": ("0", "TIE_EMBEDDINGS holds for the whole run"),
+    "CHURN_LOG_EVERY": ("0", "no churn of trits is logged"),
+}
 TRUTH = {
     "0": False,
     "1": True,
@@ -671,7 +757,46 @@ def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
     for (name, value), ours in VALUE_ALIASES.items():
         if out.get(name) == value:
             out[name] = ours
+    refuse_what_is_not_here(out)
+    out = with_derived(out)
     return {**published_paths(out), **out} if "DATA_DIR" in out else out
+
+
+def refuse_what_is_not_here(env: dict[str, str]) -> None:
+    for name, (taken, why) in NOT_HERE.items():
+        if taken and meant(env.get(name, taken)) != meant(taken):
+            raise UserError(f"{name}={env[name]!r} is refused: {why}; want {name}={taken}, or unset it")
+
+
+def meant(text: str) -> object:
+    """The number or truth that a text tells, else its words: 0, 0.00 and off are the same."""
+    word = text.strip().lower()
+    number = TRUTH.get(word, parse(word, float))
+    return word if number is None else number
+
+
+def with_derived(env: dict[str, str]) -> dict[str, str]:
+    """With our names for what DERIVING says in others. Raises UserError for a clash or a strange value."""
+    told = {name: env[name].strip().lower() for name in DERIVING[1:] if name in env}
+    if "LEAKY_RELU_SLOPE" in told:
+        told.setdefault("ACTIVATION", "lrelu2")  # as published
+    slopes = {"relu2": "0", "lrelu2": told.get("LEAKY_RELU_SLOPE", "0.5")}
+    tables = {"FP_STORAGE": STORAGE, "ACTIVATION": {k: {"MLP_NEGATIVE_SLOPE": v} for k, v in slopes.items()}}
+    out = dict(env)
+    for name in told.keys() & tables.keys():
+        if told[name] not in tables[name]:
+            raise UserError(f"{name}={env[name]!r} is not here; want {' or '.join(tables[name])}")
+        for knob_name, value in tables[name][told[name]].items():
+            if meant(out.setdefault(knob_name, value)) != meant(value):
+                raise UserError(
+                    f"{name}={told[name]!r} says {knob_name}={value}, not {env[knob_name]!r}; drop one"
+                )
+    return out
+
+
+def known_names() -> list[str]:
+    """Every name that a recipe may have; ours first."""
+    return [*all_knobs(), *ALIASES, *DERIVING, *WITHOUT_EFFECT, *NOT_HERE]
 
 
 def published_paths(env: dict[str, str]) -> dict[str, str]:
@@ -780,12 +905,10 @@ def thawed(env: dict[str, str]) -> dict[str, str]:
 
 def near_misses(env: dict[str, str]) -> list[str]:
     """One sentence for each variable that looks like a mistyped or unknown knob (`MODEL_DIMS`)."""
-    known = [*all_knobs(), *ALIASES, *DERIVING, *WITHOUT_EFFECT]
-    families = {name.split("_")[0] for name in known if "_" in name} - {"ENABLE", "MAX", "RUN"}
+    known = known_names()
+    families = {name.split("_")[0] for name in known if "_" in name} - {"ENABLE", "MAX", "RUN", "TEMP"}
     lines = [
-        f"{name} is accepted but has no effect: no published script reads it"
-        for name in WITHOUT_EFFECT
-        if name in env
+        f"{name} is accepted but has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in env
     ]
     for name in sorted(set(env) - set(known)):
         close = [k for k in known if one_edit_apart(name, k)] or difflib.get_close_matches(
@@ -2198,14 +2321,75 @@ def varlen_options(varlen: Callable) -> dict:
     return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
 
 
-def softcapped_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
-    """hidden (N,D), weight (V,D) -> cap * tanh(logits / cap) in float32, (N,V)."""
-    return cap * torch.tanh(wide(hidden @ weight.to(hidden.dtype).T) / cap)
+class Form(NamedTuple):
+    """How logits bend: below which cap, along which curve."""
+
+    cap: float
+    curve: str = "tanh"  # or "poly", "algebraic"
+
+
+def softcap(logits: Tensor, form: Form) -> Tensor:
+    """float32 logits -> within -cap and cap, of slope 1 at zero.
+
+    With s = logits / cap: cap tanh(s); record T74's polynomial, which reaches the cap at s = 1.69 and stays
+    there (frontier 2.13); or cap s / sqrt(1 + s^2) (SKC notes 2.16), where 1e9 stands for all beyond.
+    """
+    s = logits / form.cap
+    if form.curve == "poly":
+        s = s.clamp(-2.0, 2.0)
+        square = s * s
+        return form.cap * (s * (1.0 + square * (square / 15.0 - 1.0 / 3.0))).clamp(-1.0, 1.0)
+    if form.curve == "algebraic":
+        s = s.clamp(-1e9, 1e9)
+        return form.cap * (s * torch.rsqrt(1.0 + s * s))
+    return form.cap * torch.tanh(s)
+
+
+def softcap_slope(logits: Tensor, form: Form) -> Tensor:
+    """The derivative of `softcap`, by formula."""
+    s = logits / form.cap
+    if form.curve == "poly":
+        square = (s * s).clamp_max(4.0)
+        inside = (s * (1.0 + square * (square / 15.0 - 1.0 / 3.0))).abs() <= 1.0
+        return torch.where(inside, 1.0 + square * (square / 3.0 - 1.0), 0.0)
+    if form.curve == "algebraic":
+        return (1.0 + s.clamp(-1e9, 1e9).square()) ** -1.5
+    return 1.0 - torch.tanh(s).square()
+
+
+def final_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+    """hidden (N,E), weight (V,E), bias (V,) or None -> float32 logits (N,V), bent, then biased."""
+    logits = softcap(wide(hidden @ weight.to(hidden.dtype).T), form)
+    return logits if bias is None else logits + bias
 
 
 def softcapped_nll_ref(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N,D), weight (V,D), targets (N,) -> nats (N,): the meaning of every faster form."""
-    return F.cross_entropy(softcapped_logits(hidden, weight, cap), targets, reduction="none")
+    return F.cross_entropy(final_logits(hidden, weight, None, Form(cap)), targets, reduction="none")
+
+
+def formed_nll_ref(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, form: Form
+) -> tuple[Tensor, Tensor]:
+    """The same for logits of any form: nats (N,), and log-sum-exps (N,), which z-loss squares.
+
+    A negative target counts for nothing in either, as in torch.
+    """
+    logits, known = final_logits(hidden, weight, bias, form), targets >= 0
+    lse = torch.logsumexp(logits, 1)
+    own = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    return torch.where(known, lse - own, 0.0), torch.where(known, lse, 0.0)
+
+
+def formed_slopes(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, by_nats: Tensor, by_lse: Tensor, form: Form
+) -> tuple[Tensor, Tensor]:
+    """logits (N,V) before the cap, gradients (N,) by nats and log-sum-exps -> by logits, by bent logits."""
+    final = softcap(logits, form) if bias is None else softcap(logits, form) + bias
+    by_nats, by_lse = (torch.where(targets >= 0, g, 0.0)[:, None] for g in (by_nats, by_lse))
+    hit = torch.arange(logits.shape[1], device=targets.device) == targets[:, None]
+    slopes = (by_nats + by_lse) * torch.softmax(final, 1) - by_nats * hit.to(final.dtype)
+    return slopes * softcap_slope(logits, form), slopes
 
 
 def softcapped_slopes_ref(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -2314,6 +2498,69 @@ def softcapped_nll(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, 
         for at in range(0, len(hidden), rows)
     ]
     return torch.cat(parts)
+
+
+def formed_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, g: tuple[Tensor, Tensor], form: Form
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g (N,) by nats and by log-sum-exps -> by hidden (N,E), weight (V,E), bias (V,). No logits remain."""
+    by_logits, by_final = formed_slopes(wide(hidden @ weight.T), targets, bias, *g, form)
+    by_logits = by_logits.to(hidden.dtype)
+    return by_logits @ weight, wide(by_logits.T @ hidden), by_final.sum(0)
+
+
+class ChunkedForm(torch.autograd.Function):
+    """formed_nll_ref without ever holding more than a chunk of logits, which backward makes a second time.
+
+    Not in forward, as ChunkedNLL does: z-loss sends each row a gradient of its own, known only later.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        ctx: object,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        form: Form,
+        fast: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.form, ctx.pick = form, compiled_once if fast else (lambda f: f)
+        ctx.save_for_backward(hidden, weight, targets, bias)
+        cast, rows = weight.to(hidden.dtype), chunk_rows(len(hidden), len(weight), hidden.is_cuda)
+        parts = [slice(at, at + rows) for at in range(0, len(hidden), rows)]
+        found = [ctx.pick(formed_nll_ref)(hidden[p], cast, targets[p], bias, form) for p in parts]
+        nll, lse = (torch.cat(both) for both in zip(*found, strict=True))
+        return nll, lse
+
+    @staticmethod
+    def backward(ctx: object, by_nats: Tensor, by_lse: Tensor) -> tuple:
+        hidden, weight, targets, bias = ctx.saved_tensors
+        cast, rows = weight.to(hidden.dtype), chunk_rows(len(hidden), len(weight), hidden.is_cuda)
+        by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        by_bias = None if bias is None else torch.zeros_like(bias)
+        for at in range(0, len(hidden), rows):
+            p = slice(at, at + rows)
+            g = by_nats[p].contiguous(), by_lse[p].contiguous()
+            by_hidden[p], more, moved = ctx.pick(formed_gradients)(
+                hidden[p], cast, targets[p], bias, g, ctx.form
+            )
+            by_weight += more
+            if bias is not None:
+                by_bias += moved
+        return by_hidden, by_weight, None, by_bias, None, None
+
+
+def formed_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, form: Form, fast: bool
+) -> tuple[Tensor, Tensor]:
+    """formed_nll_ref by chunks; `fast` compiles what is done to each."""
+    return ChunkedForm.apply(hidden, weight, targets, bias, form, fast)
+
+
+def tanh_alone(loss: Callable, cap: float) -> Callable:
+    """A loss that knows nothing but the cap, in the place of one of any form; it tells no log-sum-exps."""
+    return lambda hidden, weight, targets, bias=None: (loss(hidden, weight, targets, cap), None)
 
 
 def has_triton() -> bool:
@@ -2501,26 +2748,48 @@ def fused_nll(
 
 
 def pick_loss(cfg: Config, device: torch.device, compiling: bool) -> tuple[str, Callable]:
-    """(name, function) of hidden (N,D), weight (V,D), targets (N,), cap -> nats (N,), as FUSED_CE asks."""
+    """(name, function), as FUSED_CE_ENABLED asks and the form of the logits allows.
+
+    The function takes hidden (N,E), weight (V,E), targets (N,) and perhaps a bias (V,), and gives nats (N,)
+    and log-sum-exps (N,), or None in their place where no loss wants them.
+    """
+    if cfg.model.extras:
+        return pick_formed_loss(cfg, compiling)
+    cap = cfg.model.softcap
     if not cfg.compute.fused_ce:
-        return "plain", compiled_once(softcapped_nll_ref) if compiling else softcapped_nll_ref
+        return "plain", tanh_alone(
+            compiled_once(softcapped_nll_ref) if compiling else softcapped_nll_ref, cap
+        )
     if cfg.fuses_ce and device.type == "cuda" and has_triton():
         if cfg.two_passes:
-            return "two_pass", functools.partial(fused_nll, two_pass_loss(), compiling)
+            return "two_pass", tanh_alone(functools.partial(fused_nll, two_pass_loss(), compiling), cap)
         fast = cfg.compute.ce_form == "approximate"
         name = "approximate" if fast else "one_pass"
-        return name, functools.partial(fused_nll, one_pass_loss(fast), compiling)
-    return "chunked", functools.partial(softcapped_nll, fast=compiling)
+        return name, tanh_alone(functools.partial(fused_nll, one_pass_loss(fast), compiling), cap)
+    return "chunked", tanh_alone(functools.partial(softcapped_nll, fast=compiling), cap)
+
+
+def pick_formed_loss(cfg: Config, compiling: bool) -> tuple[str, Callable]:
+    """The same for logits that no Triton kernel knows; the name says what they have."""
+    form = Form(cfg.model.softcap, cfg.model.curve)
+    name = ("chunked" if cfg.compute.fused_ce else "plain") + cfg.model.extras
+    if cfg.compute.fused_ce:
+        return name, lambda h, w, t, bias=None: formed_nll(h, w, t, bias, form, compiling)
+    plain = compiled_once(formed_nll_ref) if compiling else formed_nll_ref
+    return name, lambda h, w, t, bias=None: plain(h, w, t, bias, form)
 
 
 def loss_bytes(name: str, rows: int, vocab: int, item: int, gpu: bool) -> int:
     """Bytes of the logits (rows,V), and of what is made of them, while the loss that pick_loss named runs.
 
-    `item` is the size of an activation's number. Plain: the logits and five float32 forms of them.
+    `item` is the size of an activation's number. Plain: the logits and five float32 forms of them, and three
+    more where the form is not tanh alone.
     """
-    if name == "chunked":
-        return 3 * 4 * chunk_rows(rows, vocab, gpu) * vocab
-    return {"plain": item + 20, "two_pass": 2 * item}.get(name, item) * rows * vocab
+    if name.startswith("chunked"):
+        return (3 if name == "chunked" else 6) * 4 * chunk_rows(rows, vocab, gpu) * vocab
+    if name.startswith("plain"):
+        return (item + (20 if name == "plain" else 32)) * rows * vocab
+    return (2 * item if name == "two_pass" else item) * rows * vocab
 
 
 @functools.cache
@@ -3642,6 +3911,29 @@ class Proj(Weighted):
         return F.linear(x, self.effective(phase).to(x.dtype))
 
 
+class OutProj(Proj):
+    """The matrix that ends attention or the MLP: it begins at zero, or small, and may norm what it reads.
+
+    Ternary weights want inputs of one size (record T74; with a gain, SKC notes 2.1).
+    """
+
+    def __init__(self, n_in: int, n_out: int, tag: Tag, cfg: Config) -> None:
+        super().__init__(n_in, n_out, tag, zero=True)
+        self.cfg = cfg
+        if cfg.model.out_std > 0:
+            nn.init.normal_(self.weight, 0.0, cfg.model.out_std)
+        if cfg.model.normed == "gain":
+            self.scale = nn.Parameter(torch.ones(n_in))
+            self.tags["scale"] = Tag(Half(), "scalar")
+
+    def forward(self, x: Tensor, phase: Phase) -> Tensor:
+        if self.cfg.model.normed != "none":
+            x = norm(x)
+        if self.cfg.model.normed == "gain":
+            x = x * gain(self.scale, phase).to(x.dtype)
+        return super().forward(x, phase)
+
+
 class Table(Weighted):
     """Rows looked up by number, in the codec and with the rate of the embedding."""
 
@@ -3655,26 +3947,46 @@ class Table(Weighted):
 
 
 class Embed(Weighted):
-    """Token embedding. All activations follow its dtype; the weight itself stays float32."""
+    """Token embedding. All activations follow its dtype; the weight itself stays float32.
+
+    Narrower than the model it has two matrices, `into` the model's width and, in front of the head, `out`.
+    """
 
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
         super().__init__()
         std = cfg.model.embed_std if cfg.model.tied else 1.0
-        self.weight = nn.Parameter(torch.empty(cfg.model.vocab, cfg.model.dim).normal_(0.0, std))
-        self.tags, self.dtype = {"weight": Tag(embed_codec(cfg), "embed", "embed")}, dtype
+        self.weight = nn.Parameter(torch.empty(cfg.model.vocab, cfg.model.embed_width).normal_(0.0, std))
+        self.tags, self.dtype, self.cfg = {"weight": Tag(embed_codec(cfg), "embed", "embed")}, dtype, cfg
+        if cfg.model.embed_dim:
+            tag = Tag(embed_codec(cfg), "embed" if cfg.model.embed_optim == "adam" else "muon", "embed")
+            self.into = Proj(cfg.model.embed_dim, cfg.model.dim, tag)
+            self.out = Proj(cfg.model.dim, cfg.model.embed_dim, tag)
 
     def forward(self, ctx: Ctx) -> Tensor:  # (B,T) -> (B,T,D)
-        return F.embedding(ctx.tokens, self.effective(ctx.phase)).to(self.dtype)
+        e = F.embedding(ctx.tokens, self.effective(ctx.phase)).to(self.dtype)
+        return self.into(e, ctx.phase) if self.cfg.model.embed_dim else e
 
 
-def rope_table(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, dims/2) of position * base^(-2j/dims), made in float32, in `like`'s dtype.
+def yarn_slowness(dims: int, stretch: float, like: Tensor) -> Tensor:
+    """(dims/2,) divisors of the rotary frequencies: 1 for the first quarter, then rising to `stretch`.
+
+    Record T74's ramp over i/dims (frontier 2.13; SKC notes 2.4), not that of Peng et al. (2023).
+    """
+    i = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32)
+    return 1.0 + ((i / dims - 0.25) / 0.75).clamp(0.0, 1.0) * (stretch - 1.0)
+
+
+def rope_table(
+    length: int, dims: int, base: float, like: Tensor, slowness: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, dims/2) of position * base^(-2j/dims) / slowness, made in float32, in `like`'s dtype.
 
     Made anew in each forward: a table kept in a buffer is lost by meta construction, and 2 T K
     operations are nothing beside attention.
     """
     j = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32)
-    angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * base ** (-j / dims)
+    position = torch.arange(length, device=like.device, dtype=torch.float32)[:, None]
+    angle = position * (base ** (-j / dims) / slowness)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -3751,6 +4063,15 @@ def without_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (heads - (heads * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 
+def beyond_rounding(rest: Tensor, whole: Tensor) -> Tensor:
+    """(...,K) twice: what is left of a vector, or zeros where that is no more than rounding leaves.
+
+    Of a document's first token XSA leaves nothing else, and a norm would make it as large as any other.
+    """
+    left, before = (t.detach().norm(dim=-1, keepdim=True) for t in (rest, whole))
+    return rest * (left > 4.0 * torch.finfo(rest.dtype).eps * before)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised queries and keys and a learned gain per head."""
 
@@ -3758,10 +4079,12 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.attend = cfg, attend
         width, tag = cfg.model.head_dim, matrix_tag("attn", cfg)
-        self.c_q = Proj(cfg.model.dim, cfg.model.heads * width, tag)
-        self.c_k = Proj(cfg.model.dim, cfg.model.kv_heads * width, tag)
-        self.c_v = Proj(cfg.model.dim, cfg.model.kv_heads * width, tag)
-        self.proj = Proj(cfg.model.heads * width, cfg.model.dim, tag, zero=True)
+        self.widths = [n * width for n in (cfg.model.heads, cfg.model.kv_heads, cfg.model.kv_heads)]
+        if cfg.attn.fused_qkv:
+            self.c_qkv = Proj(cfg.model.dim, sum(self.widths), tag)
+        else:
+            self.c_q, self.c_k, self.c_v = (Proj(cfg.model.dim, n, tag) for n in self.widths)
+        self.proj = OutProj(cfg.model.heads * width, cfg.model.dim, tag, cfg)
         self.q_gain = nn.Parameter(torch.full((cfg.model.heads,), cfg.model.qk_gain))
         self.tags = {"q_gain": Tag(Half(), "scalar")}
         self.own_removed = layer >= cfg.model.layers - cfg.attn.xsa_last
@@ -3777,7 +4100,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
         heads = (*x.shape[:2], -1, self.cfg.model.head_dim)
-        queries, k, v = (c(x, ctx.phase) for c in (self.c_q, self.c_k, self.c_v))
+        queries, k, v = self.read(x, ctx.phase)
         v = self.values(v, ctx).view(heads)
         first = v
         if self.cfg.attn.value_residual and ctx.first is not None:
@@ -3787,13 +4110,20 @@ class Attention(nn.Module):
         q = q * gain(self.q_gain, ctx.phase).to(q.dtype)[:, None]
         y = self.attend(q, k, v, ctx.docs, ctx.longest)
         if self.cfg.attn.xsa_last and self.own_removed:
-            y = without_own_value(y, v)
+            y, whole = without_own_value(y, v), y
+            if self.cfg.model.normed != "none":
+                y = beyond_rounding(y, whole)
         if self.cfg.attn.gated:
             for gate in self.gates.values():
                 y = y * gate(x, queries, ctx.phase)
         return Out(
             self.proj(y.flatten(2), ctx.phase), NO_AUX, first if self.cfg.attn.value_residual else None
         )
+
+    def read(self, x: Tensor, phase: Phase) -> tuple[Tensor, ...]:  # (B,T,D) -> (B,T,H*K), (B,T,G*K) twice
+        if self.cfg.attn.fused_qkv:
+            return self.c_qkv(x, phase).split(self.widths, -1)
+        return tuple(c(x, phase) for c in (self.c_q, self.c_k, self.c_v))
 
     def values(self, v: Tensor, ctx: Ctx) -> Tensor:  # (B,T,G*K)
         """With what the token's own row of the table adds."""
@@ -3821,12 +4151,12 @@ class MLP(nn.Module):
         self.cfg = cfg
         tag = matrix_tag("mlp", cfg)
         self.fc = Proj(cfg.model.dim, cfg.model.hidden, tag)
-        self.proj = Proj(cfg.model.hidden, cfg.model.dim, tag, zero=True)
-        if cfg.compute.fused_mlp:
+        self.proj = OutProj(cfg.model.hidden, cfg.model.dim, tag, cfg)
+        if cfg.fuses_mlp:
             self.fused = squared_mlp()
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
-        if self.cfg.compute.fused_mlp and self.fuses(x):
+        if self.cfg.fuses_mlp and self.fuses(x):
             up, down = (p.effective(ctx.phase).to(x.dtype) for p in (self.fc, self.proj))
             return Out(self.fused(x.flatten(0, -2), up, down, self.cfg.model.slope).view(x.shape), NO_AUX)
         h = self.fc(x, ctx.phase)
@@ -4012,7 +4342,7 @@ class Ahead(nn.Module):
         found, loss = segment_numbers(targets, docs), 0.0
         for k, head in enumerate(self.heads, 1):
             near, far = hidden[:, :-k].flatten(0, 1), targets[:, k:].flatten()
-            nll = loss_of(near, head.weight, far, self.cfg.model.softcap)
+            nll, _ = loss_of(near, head.weight, far)
             loss = loss + (nll * (found[:, :-k] == found[:, k:]).flatten()).sum()
         return loss / (targets.numel() * len(self.heads))
 
@@ -4052,20 +4382,32 @@ class GPT(nn.Module):
             self.value_table = ValueTable(cfg)
         if not cfg.model.tied:
             self.head = Proj(
-                cfg.model.dim, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True
+                cfg.model.embed_width, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True
             )
+        if cfg.model.vocab_bias:
+            self.vocab_bias = nn.Parameter(torch.zeros(cfg.model.vocab))
+            self.tags["vocab_bias"] = Tag(Half(), "scalar")
         if cfg.ahead.on:
             self.ahead = Ahead(cfg)
 
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
         out = self.hidden(ctx)
-        weight, cap = self.head_weight(ctx.phase), self.cfg.model.softcap
-        nll = self.loss_of(out.y.flatten(0, 1), weight, targets.flatten(), cap)
+        read, weight, bias = self.head_reads(out.y, ctx.phase)
+        nll, lse = self.loss_of(read.flatten(0, 1), weight, targets.flatten(), bias)
+        if self.cfg.model.z_loss > 0:
+            out = out._replace(aux=add_aux(out.aux, {"z": lse.square().mean()}))
         return nll.view(targets.shape), out
 
-    def head_weight(self, phase: Phase) -> Tensor:  # (V,D)
-        return self.embed.effective(phase) if self.cfg.model.tied else self.head.effective(phase)
+    def head_reads(self, y: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states (...,D): what meets the head (...,E), its weight (V,E), and its bias (V,) if any."""
+        weight = self.embed.effective(phase) if self.cfg.model.tied else self.head.effective(phase)
+        bias = gain(self.vocab_bias, phase) if self.cfg.model.vocab_bias else None
+        return self.embed.out(y, phase) if self.cfg.model.embed_dim else y, weight, bias
+
+    def logits(self, y: Tensor, phase: Phase) -> Tensor:  # (N,D) -> (N,V)
+        form = Form(self.cfg.model.softcap, self.cfg.model.curve)
+        return final_logits(*self.head_reads(y, phase), form)
 
     def hidden(self, ctx: Ctx) -> Out:
         """Embed, go down the encoder, come up the decoder with skips, normalise: (B,T) -> (B,T,D)."""
@@ -4099,7 +4441,11 @@ class GPT(nn.Module):
         if self.cfg.attn.rope_ntk and ctx.longest > self.cfg.data.seq_len:
             stretch = ctx.longest / self.cfg.data.seq_len
             base = base * stretch ** (self.cfg.rope_dims / (self.cfg.rope_dims - 2))
-        ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.rope_dims, base, x))
+        slowness = 1.0
+        if self.cfg.attn.rope_type == "yarn":
+            stretch = self.cfg.attn.yarn_len / self.cfg.data.seq_len
+            slowness = yarn_slowness(self.cfg.rope_dims, stretch, x)
+        ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.rope_dims, base, x, slowness))
         return ctx._replace(table=self.value_table(ctx, x.dtype)) if self.cfg.input.values else ctx
 
     def visit(self, layer: int, x: Tensor, x0: Tensor, ctx: Ctx) -> tuple[Out, Ctx]:
@@ -4172,17 +4518,18 @@ def make_model(cfg: Config, world: World) -> GPT:
     """
     torch.manual_seed(cfg.budget.seed)
     model = new_model(cfg, world)
-    if cfg.model.init == "orthogonal":
-        start_orthogonal(model)
+    for proj in (m for m in model.modules() if isinstance(m, Proj)):
+        if proj.weight.any() and not isinstance(proj, OutProj):
+            start_matrix(proj.weight, cfg)
     return model.to(world.device)
 
 
-@torch.no_grad()
-def start_orthogonal(model: GPT) -> None:
-    """Orthogonal matrices of gain 1 wherever a projection does not begin at zero (frontier 2.1)."""
-    for proj in (m for m in model.modules() if isinstance(m, Proj)):
-        if proj.weight.any():
-            nn.init.orthogonal_(proj.weight)
+def start_matrix(weight: Tensor, cfg: Config) -> None:
+    """What MATRIX_INIT makes of a projection: orthogonal of gain 1 (frontier 2.1), normal."""
+    if cfg.model.init == "orthogonal":
+        nn.init.orthogonal_(weight)
+    if cfg.model.init == "normal":
+        nn.init.normal_(weight, 0.0, cfg.model.init_std)
 
 
 def empty_model(cfg: Config, world: World) -> GPT:
@@ -4396,12 +4743,14 @@ def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
     tried = {}
     if cfg.fuses_ce:
         targets = torch.arange(384, device=world.device) % cfg.model.vocab
-        both = model.loss_of, softcapped_nll_ref
-        forms = [functools.partial(f, targets=targets, cap=cfg.model.softcap) for f in both]
-        tried["FUSED_CE_ENABLED"] = unlike(
-            *forms, [3.0 * draw(384, width), draw(cfg.model.vocab, width) / width**0.5]
-        )
-    if cfg.compute.fused_mlp and world.dtype == torch.bfloat16:
+        both = model.loss_of, tanh_alone(softcapped_nll_ref, cfg.model.softcap)
+        forms = [lambda hidden, weight, f=f: f(hidden, weight, targets)[0] for f in both]
+        inputs = [
+            3.0 * draw(384, cfg.model.embed_width),
+            draw(cfg.model.vocab, cfg.model.embed_width) / width**0.5,
+        ]
+        tried["FUSED_CE_ENABLED"] = unlike(*forms, inputs)
+    if cfg.fuses_mlp and world.dtype == torch.bfloat16:
         forms = [functools.partial(f, slope=cfg.model.slope) for f in (squared_mlp(), squared_mlp_ref)]
         inputs = [draw(384, width), draw(cfg.model.hidden, width), draw(width, cfg.model.hidden)]
         tried["FUSED_MLP"] = unlike(*forms, inputs)
@@ -4416,7 +4765,8 @@ def settle_kernels(model: GPT, cfg: Config, world: World) -> None:
     for name, why in failed.items():
         world.log(f"kernel_left_out: {name} ({why}); the plain form runs instead, {name}=0 asks for it")
     if "FUSED_CE_ENABLED" in failed:
-        model.loss_name, model.loss_of = "chunked", functools.partial(softcapped_nll, fast=world.compiling)
+        loss = functools.partial(softcapped_nll, fast=world.compiling)
+        model.loss_name, model.loss_of = "chunked", tanh_alone(loss, cfg.model.softcap)
     if "FUSED_MLP" in failed:
         for block in model.blocks:
             block.mlp.fused = None
@@ -4431,7 +4781,7 @@ def settle_kernels(model: GPT, cfg: Config, world: World) -> None:
 @of_config
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
-    return {"nll": 1.0, "ahead": cfg.ahead.weight}
+    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": cfg.model.z_loss}
 
 
 def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
@@ -4926,13 +5276,14 @@ def gather_hessians(
     changes the sum but for its rounding; looped layers add up all their visits. The head sees the
     final hidden states. A clock ends the reading where one more span would cross the cap.
     """
-    head, pace = Tap(cfg.model.dim, world.device), Pace(clock, world)
+    head, pace = Tap(cfg.model.embed_width, world.device), Pace(clock, world)
     model.eval()
     with tapped(model) as taps:
         for k in range(world.rank, cfg.gptq.batches, world.size):
             span = loader.spans.span(step + k // cfg.data.spans, k % cfg.data.spans)
             batch = to_device(loader.batch([span]), world)
-            head.add(model.hidden(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))).y)
+            ctx = Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))
+            head.add(model.head_reads(model.hidden(ctx).y, ctx.phase)[0])
             world.journal.beat()
             if not pace.leaves_time():
                 world.journal.warn(
@@ -5311,8 +5662,9 @@ SHAPE_SECTIONS = (
 )  # whose knobs decide the forward, with the four below
 MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
 START_KNOBS = (  # of those sections, what matters to a model that is trained from the start alone
-    "MATRIX_INIT", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT", "GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD",
-    "ENABLE_LOOPING_AT", "MTP_LOSS_WEIGHT",
+    "MATRIX_INIT", "MATRIX_INIT_STD", "RESIDUAL_PROJ_INIT_STD", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT",
+    "GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD", "ENABLE_LOOPING_AT", "MTP_LOSS_WEIGHT",
+    "EMBED_PROJ_OPTIMIZER", "Z_LOSS_WEIGHT",
 )  # fmt: skip
 SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
@@ -5681,7 +6033,7 @@ def scheme(cfg: Config) -> str:
 
 # ======================================================================================
 # 22. Evaluate -- every target exactly once; bits per byte
-# uses: Config Schedule Journal World Data Kernels Layers Model Export
+# uses: Config Schedule Journal World Data Layers Model Export
 # ======================================================================================
 
 
@@ -5833,7 +6185,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, cfg: Config, world: World) -> 
     for _ in range(cfg.run.sample):
         recent = torch.tensor([ids[-cfg.eval_len :]], device=world.device)
         hidden = model.hidden(Ctx(recent, None, cfg.eval_len, phase)).y[0, -1:]
-        share = softcapped_logits(hidden, model.head_weight(phase), cfg.model.softcap).softmax(-1)[0]
+        share = model.logits(hidden, phase).softmax(-1)[0]
         ids.append(int(torch.multinomial(share.cpu(), 1, generator=generator)))
     text = tokenizer.pieces(ids)
     return recased(text) if cfg.data.caseops else text

@@ -16,7 +16,7 @@ import torch
 import train_gpt
 from conftest import ROOT, Toy, make_shards, run_program, tiny_env, toy_documents, train_toy_tokenizer
 from faults import plant, play, small
-from test_kernels import distance, problem, truth
+from test_kernels import distance, formed, formed_problem, formed_truth, problem, truth
 from test_model import config, lone, nats, scrambled, tokens_of
 from test_optimizer import MATRICES, give, muon_of, muon_step
 from test_train import run_here, try_here
@@ -133,6 +133,17 @@ def test_compiled_loss_is_the_loss():
     g = torch.randn(300)
     found = nll, *torch.autograd.grad(nll, (hidden, weight), g)
     for ours, want in zip(found, truth(hidden, weight, targets, 30.0, g), strict=True):
+        assert distance(ours, want) <= 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("curve", ["poly", pytest.param("algebraic", marks=pytest.mark.full)])
+def test_compiled_loss_of_another_form_is_the_loss(curve):
+    """Nats, log-sum-exps and all gradients, with a bias and z-loss, the last chunk shorter than the others."""
+    args, weights = formed_problem(True, rows=300, vocab=100), (torch.randn(300), 0.1)
+    with mock.patch.object(train_gpt, "chunk_rows", lambda n, vocab, gpu=False: 128):
+        found = formed(args, curve, 10.0, weights, functools.partial(train_gpt.formed_nll, fast=True))
+    for ours, want in zip(found, formed_truth(args, curve, 10.0, weights), strict=True):
         assert distance(ours, want) <= 1e-5
 
 

@@ -195,9 +195,9 @@ def test_mistyped_knob_is_named_with_what_was_meant():
 
 
 def test_name_that_no_script_ever_read_is_accepted_with_a_warning():
-    for name in train_gpt.WITHOUT_EFFECT:
+    for name, why in train_gpt.WITHOUT_EFFECT.items():
         assert train_gpt.near_misses({name: "1"}) == [
-            f"{name} is accepted but has no effect: no published script reads it"
+            f"{name} is accepted but has no effect: {why}"
         ]
         assert read_config({name: "1"}) == Config()
 

@@ -34,14 +34,23 @@ FEATURES = {  # what is switched on: its knobs
     "value table": {"VE_ENABLED": 1},
     "heads ahead": {"MTP_NUM_HEADS": 2},
     "leaky ReLU": {"MLP_NEGATIVE_SLOPE": 0.5},
+    "narrow embedding": {"EMBED_DIM": 16},
+    "bias of the logits": {"VOCAB_BIAS": 1},
+    "z-loss": {"Z_LOSS_WEIGHT": 0.01},
+    "polynomial cap": {"SOFTCAP_TYPE": "poly", "LOGIT_SOFTCAP": 3},
+    "algebraic cap": {"SOFTCAP_TYPE": "algebraic"},
+    "slowed angles": {"ROPE_TYPE": "yarn", "YARN_MAX_LEN": 64},
+    "normed projections": {"NORMED_PROJ": "plain"},
+    "normed projections with gains": {"NORMED_PROJ": "gain"},
     "loops": {"NUM_LOOPS": 1},
 }
 STACK = {  # record 1855's model, and besides what earlier records had
     **{"ROPE_DIMS": 4, "XSA_LAST_N": 3, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1, "PARALLEL_START_LAYER": 2},
     **{"SPARSE_ATTN_GATE_ENABLED": 1, "SMEAR_GATE_ENABLED": 1, "NUM_LOOPS": 2, "MLP_NEGATIVE_SLOPE": 0.5},
 }
-EVERYTHING = {name: value for knobs in FEATURES.values() for name, value in knobs.items()}
-PROFILES = {**FEATURES, "record stack": STACK, "everything": EVERYTHING}
+ONE_MATRIX = {"FUSED_QKV": 1}  # changes who is orthogonalised with whom, and no forward
+EVERYTHING = {name: value for knobs in FEATURES.values() for name, value in knobs.items()} | ONE_MATRIX
+PROFILES = {**FEATURES, "one matrix": ONE_MATRIX, "record stack": STACK, "everything": EVERYTHING}
 RECORDS = {path.parent.name: read_env(path) for path in sorted((ROOT / "records").glob("*/env"))}
 PROFILES |= {name: builder.tiny_twin(builder.make_recipe(env)).env for name, env in RECORDS.items()}
 
@@ -71,7 +80,8 @@ def test_every_knob_of_the_sections_is_switched_on_somewhere_here():
     knobs = {env for env, (section, _) in train_gpt.all_knobs().items() if section in sections}
     sizes = {"GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD", "GATE_WINDOW", "GATED_ATTN_QUANT_GATE"}
     sizes |= {"BIGRAM_DIM", "VE_DIM", "VE_LAYERS", "MTP_LOSS_WEIGHT", "ROPE_YARN"}  # tests of their own
-    assert knobs - sizes == EVERYTHING.keys() - {"NUM_LOOPS", "MLP_NEGATIVE_SLOPE"}
+    model = {"EMBED_DIM", "VOCAB_BIAS", "Z_LOSS_WEIGHT", "SOFTCAP_TYPE", "LOGIT_SOFTCAP", "NORMED_PROJ"}
+    assert knobs - sizes == EVERYTHING.keys() - {"NUM_LOOPS", "MLP_NEGATIVE_SLOPE"} - model
 
 
 @pytest.mark.parametrize("name", FEATURES)

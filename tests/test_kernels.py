@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import math
 import random
 import sys
 from types import ModuleType
@@ -185,6 +186,132 @@ def test_logits_never_exist_as_a_whole(upstream, grad):
     with Largest() as seen:
         softcapped_nll_ref(hidden, weight, targets, 30.0)
     assert seen.entries == rows * vocab  # the same measure sees the logits of the plain form
+
+
+# --------------------------------------------------------------------------------------
+# Logits of other forms: curves, a bias, and their log-sum-exps
+# --------------------------------------------------------------------------------------
+
+
+def curve_of(name: str, x: torch.Tensor, cap: float) -> torch.Tensor:
+    """The published formulas, a second time."""
+    s = x / cap
+    if name == "tanh":
+        e = torch.exp(-2 * s.abs())
+        return cap * torch.sign(s) * (1 - e) / (1 + e)
+    if name == "algebraic":
+        return cap * s / torch.sqrt(1 + s**2)
+    u = torch.minimum(torch.maximum(s, torch.tensor(-2.0)), torch.tensor(2.0))
+    return cap * torch.clip(u * (1 - u**2 / 3 + u**4 / 15), -1, 1)
+
+
+def formed_truth(args, curve: str, cap: float, weights: tuple):
+    """Nats, log-sum-exps and the gradients of their weighted sum, squared and not, in float64."""
+    hidden, weight, targets, bias = args
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    z = curve_of(curve, leaves[0] @ leaves[1].T, cap)
+    z = z + leaves[2] if bias is not None else z
+    lse = z.exp().sum(1).log()
+    return told(lse - z[torch.arange(len(z)), targets], lse, leaves, weights)
+
+
+def told(nll, lse, leaves, weights):
+    total = (nll * weights[0].to(nll)).mean() + weights[1] * lse.square().mean()
+    return nll, lse, *torch.autograd.grad(total, leaves)
+
+
+def formed(args, curve: str, cap: float, weights: tuple, loss) -> tuple:
+    leaves = [t for t in (args[0], args[1], args[3]) if t is not None]
+    return told(*loss(*args, train_gpt.Form(cap, curve)), leaves, weights)
+
+
+CHUNKED = functools.partial(train_gpt.formed_nll, fast=False)
+
+
+def formed_problem(bias: bool, dtype=torch.float32, **sizes):
+    args = problem(dtype=dtype, **sizes)
+    drawn = torch.randn(args[1].shape[0], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return *args, drawn.to(dtype).requires_grad_() if bias else None
+
+
+@pytest.mark.parametrize("loss", [train_gpt.formed_nll_ref, CHUNKED], ids=["plain", "chunked"])
+@pytest.mark.parametrize("upstream", ["mean", "any"])
+@pytest.mark.parametrize("z", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("curve", ["tanh", "poly", "algebraic"])
+def test_loss_of_any_form_is_that_of_the_formula(curve, bias, z, upstream, loss, monkeypatch):
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab, gpu=False: 7)
+    args, g = formed_problem(bias), torch.ones(50) if upstream == "mean" else torch.randn(50)
+    found, want = formed(args, curve, 10.0, (g, z), loss), formed_truth(args, curve, 10.0, (g, z))
+    assert len(found) == len(want) == 4 + bias
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == torch.float32
+        assert distance(a, b) <= 1e-5
+    assert float((args[0] @ args[1].T).detach().abs().max()) > 20  # where the polynomial is cut
+
+
+@pytest.mark.parametrize("curve", ["tanh", "poly", "algebraic"])
+def test_chunks_of_any_form_do_not_matter(curve, monkeypatch):
+    args, weights = formed_problem(True, torch.float64), (torch.randn(50), 0.5)
+    for rows in (1, 49, 1000):
+        monkeypatch.setattr(train_gpt, "chunk_rows", lambda n, vocab, gpu=False, rows=rows: min(rows, n))
+        for a, b in zip(
+            formed(args, curve, 3.0, weights, CHUNKED), formed_truth(args, curve, 3.0, weights), strict=True
+        ):
+            assert distance(a, b) <= 1e-13
+
+
+@pytest.mark.parametrize("curve", ["tanh", "poly", "algebraic"])
+@pytest.mark.parametrize("size", [1e4, 1e18, 1e30])
+def test_huge_logits_of_any_form_stay_finite(curve, size):
+    args = formed_problem(True, scale=size)
+    found = formed(args, curve, 10.0, (torch.ones(50), 0.1), CHUNKED)
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    assert float(found[0].detach().max()) <= 20 + math.log(37) + 2 * float(args[3].detach().abs().max())
+
+
+def test_tanh_of_any_form_is_the_loss_of_tanh_alone():
+    hidden, weight, targets, _ = formed_problem(False)
+    nll, _ = train_gpt.formed_nll_ref(hidden, weight, targets, None, train_gpt.Form(30.0))
+    assert distance(nll, softcapped_nll_ref(hidden, weight, targets, 30.0).double()) <= 1e-6
+
+
+@pytest.mark.parametrize("loss", [train_gpt.formed_nll_ref, CHUNKED], ids=["plain", "chunked"])
+def test_negative_targets_count_for_nothing_in_any_form(loss):
+    hidden, weight, targets, bias = formed_problem(True)
+    some = targets.clone()
+    some[::3] = -1
+    kept = [hidden.detach()[some >= 0].requires_grad_(), weight, targets[some >= 0], bias]
+    leaves, others = (hidden, weight, bias), (kept[0], weight, bias)
+    form = train_gpt.Form(10.0, "poly")
+    nll, lse = loss(hidden, weight, some, bias, form)
+    found = torch.autograd.grad(nll.sum() + lse.square().sum(), leaves)
+    few, its = loss(*kept, form)
+    want = torch.autograd.grad(few.sum() + its.square().sum(), others)
+    assert not nll[::3].any() and not lse[::3].any() and not found[0][::3].any()
+    assert distance(found[0][some >= 0], want[0].double()) <= 1e-5
+    assert all(distance(a, b.double()) <= 1e-5 for a, b in zip(found[1:], want[1:], strict=True))
+
+
+def test_bfloat16_activations_of_any_form_keep_float32_losses_and_weights():
+    hidden, weight, targets, bias = formed_problem(True, rows=200)
+    half = hidden.detach().bfloat16().requires_grad_()
+    weights = torch.ones(200), 0.1
+    found = formed((half, weight, targets, bias), "poly", 30.0, weights, CHUNKED)
+    want = formed_truth((half, weight.bfloat16(), targets, bias), "poly", 30.0, weights)
+    assert [t.dtype for t in found] == [torch.float32] * 2 + [torch.bfloat16] + [torch.float32] * 2
+    assert all(distance(a, b) < 0.01 for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_of_any_form_never_exist_as_a_whole(grad):
+    rows, vocab = 1300, 8192
+    hidden, weight, targets, bias = formed_problem(True, rows=rows, width=8, vocab=vocab)
+    with Largest() as seen, torch.set_grad_enabled(grad):
+        nll, lse = CHUNKED(hidden, weight, targets, bias, train_gpt.Form(10.0, "poly"))
+        if grad:
+            (nll.mean() + 1e-4 * lse.square().mean()).backward()
+    assert seen.entries == 256 * vocab < rows * vocab / 5
 
 
 # --------------------------------------------------------------------------------------

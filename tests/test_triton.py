@@ -279,7 +279,8 @@ def test_model_with_all_kernels_is_the_model(monkeypatch):
         model = scrambled(cfg)
         if fused:
             loss = noting("loss", one_pass_loss(False))
-            model.loss_of = functools.partial(train_gpt.fused_nll, loss, False)
+            whole = functools.partial(train_gpt.fused_nll, loss, False)
+            model.loss_of = train_gpt.tanh_alone(whole, cfg.model.softcap)
             monkeypatch.setattr(train_gpt.MLP, "fuses", lambda self, x: True)
             for block in model.blocks:
                 block.mlp.fused = noting("mlp", block.mlp.fused)
@@ -336,8 +337,8 @@ def test_loss_is_chosen_by_knob_device_and_cap(monkeypatch):
 def fused_model(cfg):
     """A model as a GPU would have it, with the operators' plain twins."""
     model = train_gpt.make_model(cfg, lone(torch.bfloat16))
-    operator = one_pass_loss(False)
-    model.loss_name, model.loss_of = "one_pass", functools.partial(train_gpt.fused_nll, operator, False)
+    loss = functools.partial(train_gpt.fused_nll, one_pass_loss(False), False)
+    model.loss_name, model.loss_of = "one_pass", train_gpt.tanh_alone(loss, cfg.model.softcap)
     return model
 
 

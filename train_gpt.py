@@ -396,6 +396,20 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class TernaryConfig:
+    """How ternary matrices become so: each may have a threshold and a scale multiplier found by search."""
+
+    threshold_search: bool = knob("TERNARY_THRESHOLD_SEARCH", False, "search the threshold of each ternary "
+                                  "matrix, half of the scale otherwise")
+    scale_search: bool = knob("TERNARY_SCALE_SEARCH", False, "search a multiplier of its scales")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a threshold or a multiplier may differ from the plain one."""
+        return self.threshold_search or self.scale_search
+
+
+@dataclass(frozen=True)
 class GptqConfig:
     """How the numbers of the artifact are found (records 1855 and 1886; frontier 6)."""
 
@@ -464,6 +478,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    ternary: TernaryConfig = field(default_factory=TernaryConfig)
     gptq: GptqConfig = field(default_factory=GptqConfig)
     size: SizeConfig = field(default_factory=SizeConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -2728,10 +2743,10 @@ class Half:
     def name(self) -> str:
         return "half"
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return through(w, w.detach().half().to(w.dtype))
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         return {"half": stream(w.detach(), torch.half)}
 
     def decode(self, streams: Streams, shape: Shape) -> Tensor:
@@ -2779,12 +2794,12 @@ class IntRow:
         step = (clip / self.top).clamp_min(self.floor).half().float()
         return torch.where(step > 0, step, torch.ones_like(step))  # float16 may underflow (frontier trap 32)
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         rows = as_rows_of(w)
         step = self.step(rows)
         return through(w, (nearest(rows / step, self.top) * step).view(w.shape).to(w.dtype))
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         rows = as_rows_of(w)
         step = self.step(rows)
         q = nearest(rows / step, self.top) if hessian is None else gptq(rows, step, self.top, hessian)
@@ -2859,10 +2874,10 @@ class LowRank:
     def name(self) -> str:
         return f"{self.base.name}+lqer{self.rank}g{self.group}b{self.factor_bits}"
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return self.base.fake_quant(w)
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         base = self.base.encode(w, hessian)
         error = as_rows_of(w).cpu() - self.base.decode(base, tuple(w.shape)).view(row_shape(w.shape))
         left, size, right = torch.linalg.svd(error, full_matrices=False)
@@ -2918,7 +2933,9 @@ class Ternary:
 
     scale = mean |w| of the group's own entries, rounded to float16, then at least 2^-14; an entry of half
     the scale or more is not zero. With log_step > 0 the scale that ships is a power of 1 + log_step,
-    stored as the row's mean exponent and what differs from it: about 5 bits instead of 11.
+    stored as the row's mean exponent and what differs from it: about 5 bits instead of 11. A grid (2,)
+    holds other numbers than the half and 1, by which the scale is multiplied before it ships, for the
+    whole tensor (SKC notes 2.1); trits and scales are all that decoding needs.
     """
 
     group: int = 128
@@ -2932,12 +2949,14 @@ class Ternary:
         """(R,C) -> (R,G,g), the last group filled with zeros."""
         return F.pad(rows, (0, -rows.shape[1] % self.group)).view(len(rows), -1, self.group)
 
-    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, rows: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(R,C) -> trits (R,G,g) and scales (R,G), which a power of 1 + log_step may still replace."""
         z = self.groups(rows)
         real = self.groups(torch.ones_like(rows[:1])).sum(2)  # entries of each group, without the filling
         scale = (z.abs().sum(2) / real).half().float().clamp_min(2.0**-14)
-        return torch.where(z.abs() / scale[..., None] >= 0.5, z.sign(), 0.0) + 0.0, scale
+        least = 0.5 if grid is None else grid[0]
+        q = torch.where(z.abs() / scale[..., None] >= least, z.sign(), 0.0) + 0.0
+        return q, scale if grid is None else (scale * grid[1]).half().float().clamp_min(2.0**-14)
 
     def exponents(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(R,G) -> the row's mean exponent (R,1), and each group's difference from it, a byte; all finite."""
@@ -2952,15 +2971,15 @@ class Ternary:
     def shipped(self, scale: Tensor) -> Tensor:
         return self.power(sum(self.exponents(scale))) if self.log_step else scale
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         rows = as_rows_of(w)
-        q, scale = self.parts(rows)
+        q, scale = self.parts(rows, grid)
         quantised = (q * self.shipped(scale)[..., None]).flatten(1)[:, : rows.shape[1]]
         return through(w, quantised.reshape(w.shape).to(w.dtype))
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         rows = as_rows_of(w)
-        q, scale = self.parts(rows)
+        q, scale = self.parts(rows, grid)
         trits = {"ternary.q": stream(q.flatten(1)[:, : rows.shape[1]])}
         if not self.log_step:
             return trits | {"ternary.scale": stream(scale, torch.half)}
@@ -3010,12 +3029,12 @@ class Fp8:
         """Clamped first: whether an overflowing cast saturates depends on the torch release."""
         return (rows / (a / 448.0)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         rows = as_rows_of(w)
         a = row_scale(rows)
         return through(w, (self.cast(rows, a).float() * (a / 448.0)).view(w.shape).to(w.dtype))
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         rows = as_rows_of(w)
         a = row_scale(rows)
         q = self.cast(rows, a).view(torch.int8)
@@ -3046,12 +3065,12 @@ class Fp4:
     def name(self) -> str:
         return "fp4"
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         rows = as_rows_of(w)
         step = row_scale(rows) / 7.0
         return through(w, (nearest(rows / step, 7) * step).view(w.shape).to(w.dtype))
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         rows = as_rows_of(w)
         a = row_scale(rows)
         return {"fp4.q": stream(nearest(rows / (a / 7.0), 7)), "row": stream(a, torch.half)}
@@ -3076,10 +3095,10 @@ class Absent:
     def name(self) -> str:
         return "none"
 
-    def fake_quant(self, w: Tensor) -> Tensor:
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return torch.zeros_like(w)
 
-    def encode(self, w: Tensor, hessian: Tensor | None = None) -> Streams:
+    def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
         return {}
 
     def decode(self, streams: Streams, shape: Shape) -> Tensor:
@@ -3611,11 +3630,19 @@ class Tap:
 
 
 class Weighted(nn.Module):
-    """A module of one weight with one tag. Quantisation-aware training and export meet here and only here."""
+    """A module of one weight with one tag. Quantisation-aware training and export meet here and only here.
+
+    `grid` (2,) is what the codec of a calibrated ternary weight reads: threshold and multiplier. A buffer, so
+    that compiled graphs see what is written into it; the artifact has no need of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", None, persistent=False)
 
     def effective(self, phase: Phase) -> Tensor:
         """The weight, or what the artifact will hold of it."""
-        return self.tags["weight"].codec.fake_quant(self.weight) if phase.qat else self.weight
+        return self.tags["weight"].codec.fake_quant(self.weight, self.grid) if phase.qat else self.weight
 
 
 def gain(p: Tensor, phase: Phase) -> Tensor:
@@ -4174,7 +4201,22 @@ def make_model(cfg: Config, world: World) -> GPT:
     model = new_model(cfg, world)
     if cfg.model.init == "orthogonal":
         start_orthogonal(model)
+    if cfg.ternary.calibrates:
+        open_grids(model)
     return model.to(world.device)
+
+
+def open_grids(model: nn.Module) -> None:
+    """Give every ternary weight a grid of its own, which changes nothing yet."""
+    for m in model.modules():
+        if isinstance(m, Weighted) and isinstance(m.tags["weight"].codec, Ternary):
+            m.grid = torch.tensor([0.5, 1.0])
+
+
+def grids_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> grid, of the weights that have one."""
+    weighted = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, Weighted)}
+    return {name: m.grid for name, m in weighted.items() if m.grid is not None}
 
 
 @torch.no_grad()
@@ -5016,7 +5058,8 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, whole and by name: the live ones, but for momentum that ranks
         share. They gather it, so every rank has to call this."""
-        model = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        model = {f"model.{name}": p.detach() for name, p in named}
         optimizer = {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
         means = self.average.mean if self.cfg.optim.ema_on else {}
         return model | optimizer | {f"average.{name}": t for name, t in means.items()}
@@ -5364,8 +5407,8 @@ def export(
     Without `tags` each parameter ships by its own; matrices with a Hessian are rounded by GPTQ.
     """
     tags, hessians, params = tags or param_tags(model), hessians or {}, dict(model.named_parameters())
-    rows = tensor_rows(params, tags)
-    streams = {n: tags[n].codec.encode(params[n].detach(), hessians.get(n)) for n, _, _ in rows}
+    rows, grids = tensor_rows(params, tags), grids_of(model)
+    streams = {n: tags[n].codec.encode(params[n].detach(), hessians.get(n), grids.get(n)) for n, _, _ in rows}
     planes = {n: tags[n].codec.planes(tuple(dims)) for n, _, dims in rows}
     values: dict[str, list[np.ndarray]] = {}
     for name in streams:
@@ -5651,10 +5694,10 @@ def log_weighed_bytes(model: GPT, code_bytes: int, world: World) -> None:
     """The size that the weights would have now: order-0 entropy of every stream, rounded to nearest."""
     if not world.main:
         return
-    tags, total = param_tags(model), 0.0
+    tags, grids, total = param_tags(model), grids_of(model), 0.0
     for name, p in model.named_parameters():
         planes = tags[name].codec.planes(tuple(p.shape))
-        streams = tags[name].codec.encode(p.detach())
+        streams = tags[name].codec.encode(p.detach(), grid=grids.get(name))
         total += sum(entropy_bytes(planes[kind], part) for kind, part in streams.items())
     left = SIZE_LIMIT - code_bytes - total
     world.log(f"size_forecast: weights:{total:.0f} code:{code_bytes} left:{left:.0f}")

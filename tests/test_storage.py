@@ -40,12 +40,13 @@ shapes = st.one_of(
 )  # fmt: skip
 
 codecs, seeds = st.sampled_from(CODECS), st.integers(0, 2**32 - 1)
+grids = st.none() | st.tuples(st.floats(0.02, 1.5), st.floats(0.5, 2.0)).map(torch.tensor)
 scales = st.sampled_from([1e-8, 1e-6, 1e-3, 0.02, 1.0, 300.0])
 
 
-def reload(codec, w: torch.Tensor, hessian: torch.Tensor | None = None) -> torch.Tensor:
+def reload(codec, w: torch.Tensor, hessian=None, grid: torch.Tensor | None = None) -> torch.Tensor:
     """Through the bytes of the artifact and back, by nothing but the shape."""
-    planes, streams = codec.planes(tuple(w.shape)), codec.encode(w, hessian)
+    planes, streams = codec.planes(tuple(w.shape)), codec.encode(w, hessian, grid)
     assert list(streams) == list(planes)
     for kind, values in streams.items():
         plane = planes[kind]
@@ -61,14 +62,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @settings(max_examples=700)
-@given(codec=codecs, dtype=st.sampled_from(DTYPES), shape=shapes, seed=seeds, scale=scales)
-def test_what_ships_is_what_was_trained_through(codec, dtype, shape, seed, scale):
+@given(codec=codecs, dtype=st.sampled_from(DTYPES), shape=shapes, seed=seeds, scale=scales, grid=grids)
+def test_what_ships_is_what_was_trained_through(codec, dtype, shape, seed, scale, grid):
     random = torch.Generator().manual_seed(seed)
     w = (scale * torch.randn(shape, generator=random)).to(dtype)
     w[torch.rand(shape, generator=random) < 0.1] = 0
-    shipped = reload(codec, w)
+    shipped = reload(codec, w, grid=grid)
     assert shipped.dtype == torch.float32
-    assert same_bits(shipped.to(dtype), codec.fake_quant(w))
+    assert same_bits(shipped.to(dtype), codec.fake_quant(w, grid))
 
 
 @st.composite

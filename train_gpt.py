@@ -961,10 +961,9 @@ def decay_taper(at: Progress, cfg: Config) -> float:
     return 1.0 - late * (1.0 - cfg.optim.wd_taper_final)
 
 
-def routing_at(at: Progress, cfg: Config) -> tuple[float, int]:
-    """From 0 to 1 over the first MOE_START_FRACTION of the run, and the experts beyond MOE_TOP_K until 1."""
-    routing = min(fraction(at, cfg) / cfg.moe.start, 1.0) if cfg.moe.start > 0 else 1.0
-    return routing, cfg.moe.extra if routing < 1 else 0
+def routing_at(at: Progress, cfg: Config) -> float:
+    """From 0 to 1 over the first MOE_START_FRACTION of the run, then 1."""
+    return min(fraction(at, cfg) / cfg.moe.start, 1.0) if cfg.moe.start > 0 else 1.0
 
 
 def phase_at(at: Progress, cfg: Config) -> Phase:
@@ -977,7 +976,8 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     looping = cfg.loop.on and fraction(at, cfg) >= cfg.loop.at
     qat = cfg.qat_from_start or lr < cfg.schedule.late_qat
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
-    routing, extra = routing_at(at, cfg) if cfg.moe.on else (1.0, 0)
+    routing = routing_at(at, cfg) if cfg.moe.on else 1.0
+    extra = cfg.moe.extra * (routing < 1)
     return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay, routing, extra)
 
 
@@ -2785,7 +2785,7 @@ def grouped_operator() -> Callable:
     product.register_fake(lambda x, w, ends: x.new_empty(len(x), w.shape[1]))
     grads.register_fake(lambda g, x, w, ends: (x.new_empty(x.shape), w.new_empty(w.shape)))
     product.register_autograd(differentiate, setup_context=keep)
-    return product
+    return lambda x, w, ends: product(x, w, ends)  # an operator cannot be copied with its module
 
 
 class Reorder(torch.autograd.Function):
@@ -3991,8 +3991,8 @@ class Routes(NamedTuple):
     """Which experts each token takes, the best first, and by which weight."""
 
     chosen: Tensor  # (N,k) int64
-    weights: Tensor  # (N,k) float32; a row sums to 1
-    probs: Tensor  # (N,E) float32
+    weights: Tensor  # (N,k) of the logits' dtype; a row sums to 1
+    probs: Tensor  # (N,E) of the same
 
 
 def route(logits: Tensor, top_k: int, extra: int, routing: Tensor) -> Routes:
@@ -4007,7 +4007,7 @@ def route(logits: Tensor, top_k: int, extra: int, routing: Tensor) -> Routes:
     if extra:
         logits = logits / (1.0 + (1.0 - routing) * (logits.shape[1] / taken - 1.0))
     logs = logits.log_softmax(1)
-    chosen = logs.detach().argsort(1, descending=True, stable=True)[:, :taken]
+    chosen = logs.detach().argsort(dim=1, descending=True, stable=True)[:, :taken]
     picked = logs.gather(1, chosen)
     weights = parts_of_one(picked[:, :top_k])
     if extra:
@@ -4019,6 +4019,17 @@ def route(logits: Tensor, top_k: int, extra: int, routing: Tensor) -> Routes:
 def parts_of_one(logs: Tensor) -> Tensor:
     """(N,k) logarithms of p -> p / (their sum, without gradient), also where every p underflows."""
     return (logs - logs.logsumexp(1, keepdim=True).detach()).exp()
+
+
+def balance_loss(shares: Tensor, probs: Tensor) -> Tensor:
+    """(E,) shares of the step before, (N,E) -> E * sum of share times mean p: 1 where either is even.
+
+    The shares are those of all ranks and micro-batches, so the loss is linear in the batch and its split
+    does not matter. Less their mean, which changes nothing as p sums to 1: of even shares the gradient is
+    zero then, not rounding that Adam would make steps of.
+    """
+    even = 1.0 / len(shares)
+    return 1.0 + len(shares) * ((shares - even) * probs.mean(0)).sum()
 
 
 class Experts(nn.Module):
@@ -4036,8 +4047,8 @@ class Experts(nn.Module):
         self.down = Bank(cfg.model.hidden, cfg.model.dim, cfg, zero=True)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
-        rows = x.flatten(0, -2)
-        logits = F.linear(rows.float(), gain(self.router, ctx.phase))
+        rows, router = x.flatten(0, -2), gain(self.router, ctx.phase)
+        logits = F.linear(rows.to(router.dtype), router)  # float32, whatever the activations are
         found = route(logits, self.cfg.moe.top_k, ctx.phase.extra, ctx.routing)
         numbers = torch.arange(self.cfg.moe.experts, device=x.device)
         counts = (found.chosen[..., None] == numbers).sum((0, 1))
@@ -4047,8 +4058,7 @@ class Experts(nn.Module):
         h = Reorder.apply(rows.repeat_interleave(taken, 0), order, inverse)
         y = Reorder.apply(self.read(h, counts.cumsum(0).int(), ctx.phase), inverse, order)
         y = (y.unflatten(0, (-1, taken)) * found.weights[..., None].to(y.dtype)).sum(1)
-        balance = self.cfg.moe.experts * (ctx.shares * found.probs.mean(0)).sum()
-        return Out(y.view(x.shape), {"balance": balance}, counts=counts.float())
+        return Out(y.view(x.shape), {"balance": balance_loss(ctx.shares, found.probs)}, counts=counts.float())
 
     def read(self, h: Tensor, ends: Tensor, phase: Phase) -> Tensor:
         """(N,D) -> (N,D): rows before ends[e], and not before ends[e-1], by the MLP of expert e."""

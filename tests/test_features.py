@@ -35,6 +35,8 @@ FEATURES = {  # what is switched on: its knobs
     "heads ahead": {"MTP_NUM_HEADS": 2},
     "leaky ReLU": {"MLP_NEGATIVE_SLOPE": 0.5},
     "loops": {"NUM_LOOPS": 1},
+    "experts": {"MOE_ENABLED": 1},
+    "two experts a token": {"MOE_ENABLED": 1, "MOE_TOP_K": 2, "MOE_NUM_EXPERTS": 4},
 }
 STACK = {  # record 1855's model, and besides what earlier records had
     **{"ROPE_DIMS": 4, "XSA_LAST_N": 3, "LN_SCALE": 1, "SKIP_GATES_ENABLED": 1, "PARALLEL_START_LAYER": 2},
@@ -67,10 +69,11 @@ def loss_and_gradients(cfg: Config, compiling: bool = False) -> tuple[float, dic
 
 
 def test_every_knob_of_the_sections_is_switched_on_somewhere_here():
-    sections = {"attn", "residual", "input", "ahead"}
+    sections = {"attn", "residual", "input", "ahead", "moe"}
     knobs = {env for env, (section, _) in train_gpt.all_knobs().items() if section in sections}
     sizes = {"GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD", "GATE_WINDOW", "GATED_ATTN_QUANT_GATE"}
     sizes |= {"BIGRAM_DIM", "VE_DIM", "VE_LAYERS", "MTP_LOSS_WEIGHT", "ROPE_YARN"}  # tests of their own
+    sizes |= {"MOE_START_FRACTION", "MOE_LAYER_FRAC", "MOE_ROUTER_AUX_LOSS_COEF"}
     assert knobs - sizes == EVERYTHING.keys() - {"NUM_LOOPS", "MLP_NEGATIVE_SLOPE"}
 
 

@@ -493,17 +493,17 @@ def test_matrices_by_adam_are_torchs_adamw_with_the_decay_of_matrices():
     copies = [nn.Parameter(others[name]) for name in names]
     adam = torch.optim.AdamW(copies, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
     for number, taper in enumerate((1.0, 0.5)):
-        for i, (name, copy) in enumerate(zip(names, copies, strict=True)):
+        for i, (name, own) in enumerate(zip(names, copies, strict=True)):
             draw = torch.Generator().manual_seed(100 * number + i)
-            model.get_parameter(name).grad = copy.grad = torch.randn(copy.shape, generator=draw)
+            model.get_parameter(name).grad = own.grad = torch.randn(own.shape, generator=draw)
         gradients = train_gpt.reduce_gradients(optimizer, torch.zeros(()))
         whole = sum(g.double().square().sum() for g in (p.grad for p in model.parameters())).sqrt()
         assert gradients.norm.item() == pytest.approx(whole.item())
         optimizer.step(gradients, at()._replace(decay=taper), YES)
         adam.param_groups[0].update(lr=0.02, weight_decay=0.5 * taper)
         adam.step()
-    for name, copy in zip(names, copies, strict=True):
-        assert (model.get_parameter(name) - copy).abs().max() <= 1e-6
+    for name, own in zip(names, copies, strict=True):
+        assert (model.get_parameter(name) - own).abs().max() <= 1e-6
     assert optimizer.table()[0].startswith("optimizer_group:muon algorithm:adam lr:0.02 wd:0.5 ")
 
 

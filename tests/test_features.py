@@ -135,16 +135,21 @@ def test_compiled_model_is_the_eager_one_and_its_gates_learn(name):
 @pytest.mark.parametrize("name", PROFILES)
 @torch.no_grad()
 def test_no_token_moves_what_is_predicted_before_it(name):
-    """Hidden states, not nats: those of a target that leaks into its own prediction would change anyway."""
+    """Hidden states, not nats: those of a target that leaks into its own prediction would change anyway.
+
+    Bit for bit, but for experts: how many tokens an expert reads at once depends on all of them, and with
+    it the last bits of each product; they are held to 1e-10 in float64.
+    """
     cfg = config(**PROFILES[name])
-    model, tokens = scrambled(cfg), tokens_of(1, 32, cfg)
+    dtype, bound = (torch.float64, 1e-10) if cfg.moe.on else (torch.float32, 0.0)
+    model, tokens = scrambled(cfg, dtype).to(dtype), tokens_of(1, 32, cfg)
     whole = model.hidden(Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg))).y
     for at in (1, 2, 15, 31):
         other = tokens.clone()
         other[:, at:] = tokens_of(1, 32 - at, cfg, seed=at)
         found = model.hidden(Ctx(other, None, cfg.data.seq_len, final_phase(cfg))).y
-        assert torch.equal(found[:, :at], whole[:, :at])
-        assert not torch.equal(found[:, at:], whole[:, at:])
+        assert (found[:, :at] - whole[:, :at]).abs().max() <= bound
+        assert (found[:, at:] - whole[:, at:]).abs().amax(-1).min() > 1e-5
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -191,12 +196,14 @@ def documents_of(cfg: Config, changed: int | None = None) -> list:
 @pytest.mark.parametrize("name", PROFILES)
 def test_changed_document_moves_no_other(name):
     cfg = config(**PROFILES[name] | {"DOC_PACKING": 1})
-    model = scrambled(cfg)
+    dtype, bound = (torch.float64, 1e-10) if cfg.moe.on else (torch.float32, 0.0)
+    model = scrambled(cfg, dtype).to(dtype)
     whole = packed_nats(model, documents_of(cfg))
     for i in range(4):
         found = packed_nats(model, documents_of(cfg, changed=i))
         for j in range(4):  # the last target of a document is the next one's BOS, the same in both
-            assert torch.equal(found[j], whole[j]) == (i != j), (i, j)
+            off = (found[j] - whole[j]).abs().max()
+            assert off <= bound if i != j else off > 1e-4, (i, j)
 
 
 @pytest.mark.parametrize("name", ["record stack", "everything"])

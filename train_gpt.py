@@ -349,12 +349,37 @@ class AheadConfig:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """Feed-forwards of several experts, of which each token takes a few (SKC notes 2.13)."""
+
+    on: bool = knob("MOE_ENABLED", False, "the feed-forwards of the last layers are mixtures of experts")
+    experts: int = knob("MOE_NUM_EXPERTS", 3, "experts of a layer, each a whole MLP", within=(1, 256))
+    top_k: int = knob("MOE_TOP_K", 1, "experts that a token takes", within=(1, 256))
+    balance: float = knob("MOE_ROUTER_AUX_LOSS_COEF", 0.001, "weight of the loss that spreads tokens over "
+                          "experts, which is 1 where they are spread evenly", within=(0.0, None))
+    start: float = knob("MOE_START_FRACTION", 0.65, "share of the run in which a token takes one expert "
+                        "more, by a flatter choice", within=(0.0, 1.0))
+    layer_frac: float = knob("MOE_LAYER_FRAC", 0.67, "share of the layers, the first ones, that keep an MLP",
+                             within=(0.0, 1.0), tiny=0.3)
+
+    @property
+    def extra(self) -> int:
+        """Experts that a token takes at first beyond MOE_TOP_K."""
+        return int(self.on and self.start > 0 and self.top_k < self.experts)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
+    matrices: str = knob("MATRIX_OPTIMIZER", "muon", "what trains matrices", choices=("muon", "adamw"))
     matrix_lr: float = knob("MATRIX_LR", 0.04, "Muon, all matrices", within=(0.0, None))
     scalar_lr: float = knob("SCALAR_LR", 0.04, "Adam, gains and scales", within=(0.0, None))
+    scales_mult: float = knob("SCALES_LR_MULT", 1.0, "multiplies SCALAR_LR for scales and routers, not for "
+                              "what gates weigh", within=(0.0, 1000.0))
     tied_embed_lr: float = knob("TIED_EMBED_LR", 0.05, "Adam, tied embedding", within=(0.0, None))
     embed_lr: float = knob("EMBED_LR", 0.6, "Adam, untied embedding", within=(0.0, None))
     head_lr: float = knob("HEAD_LR", 0.008, "Adam, untied head", within=(0.0, None))
+    head_mult: float = knob("HEAD_LR_MULT", 1.0, "multiplies HEAD_LR and TIED_EMBED_LR", within=(0.0, 1000.0))
+    head_low: bool = knob("ALLOW_HEAD_LR_UNDERSCALE", False, "let HEAD_LR_MULT be below 0.9")
     beta1: float = knob("BETA1", 0.9, "Adam, decay of the first moment", within=(0.0, 0.99999))
     beta2: float = knob("BETA2", 0.95, "Adam, decay of the second moment", within=(0.0, 0.99999))
     eps: float = knob("ADAM_EPS", 1e-8, "Adam, added to the root of the second moment", within=(0.0, None))
@@ -373,6 +398,9 @@ class OptimConfig:
     embed_wd: float = knob("EMBED_WD", 0.0, "Adam, the same of the embedding, and of an untied head",
                            within=(0.0, 100.0), on=0.5)
     adam_wd: float = knob("ADAM_WD", 0.0, "Adam, the same of gains and scales", within=(0.0, 100.0), on=0.5)
+    wd_of_scales: bool = knob("ADAM_WD_SCALES", True, "0: ADAM_WD holds for what gates weigh alone")
+    active_norm: float = knob("MUON_ACTIVE_GRAD_EPS", 1e-9, "Muon, with experts: norm of a gradient up to "
+                              "which its matrix rests and does not decay", within=(0.0, None))
     wd_taper_start: float = knob("WD_TAPER_START_FRAC", 0.7, "share of the run before MUON_WD begins to fall",
                                  within=(0.0, 1.0))
     wd_taper_final: float = knob("WD_TAPER_FINAL_MULT", 1.0, "what is left of it at the end; 1 = no fall",
@@ -448,20 +476,6 @@ class ExportConfig:
     @property
     def codecs(self) -> tuple[str, ...]:
         return self.attn_codec, self.mlp_codec, self.embed_codec
-
-    def rules(self) -> list[tuple[bool, str]]:
-        turbo, group = (self.turbo_train, self.turbo_export), self.ternary_group
-        return [
-            (
-                turbo[0] == turbo[1],
-                f"TURBO_QUANT_TRAIN={turbo[0]:d}, TURBO_QUANT_EXPORT={turbo[1]:d}: what is trained would not "
-                f"be what ships; set them alike",
-            ),
-            (
-                not turbo[0] or group.bit_count() == 1,
-                f"TURBO_QUANT_TRAIN=1 wants a power of two, not TERNARY_GROUP={group}",
-            ),
-        ]
 
 
 @dataclass(frozen=True)
@@ -556,6 +570,7 @@ class Config:
     residual: ResidualConfig = field(default_factory=ResidualConfig)
     input: InputConfig = field(default_factory=InputConfig)
     ahead: AheadConfig = field(default_factory=AheadConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -591,6 +606,11 @@ class Config:
         return max(self.residual.lanes_from, self.model.layers // 2, behind_loop)
 
     @property
+    def experts_start(self) -> int:
+        """First layer whose feed-forward is a mixture of experts."""
+        return math.ceil(self.model.layers * self.moe.layer_frac - 1e-9)
+
+    @property
     def fuses_ce(self) -> bool:
         """Its sums start at the cap and cannot vanish: exp(-2 * 40) is a normal float32."""
         return self.compute.fused_ce and self.model.softcap <= 40.0 and not self.model.extras
@@ -616,80 +636,83 @@ class Config:
     def check(self) -> None:
         """Rules that span knobs, a line each. Raises UserError naming the first that is broken."""
         ladder_rungs(self.size.ladder)
-        rules = [*self.shape_rules(), *self.feature_rules(), *self.run_rules(), *self.export.rules()]
-        for holds, text in rules:
-            if not holds:
+        for rules in (shape_rules, feature_rules, run_rules, codec_rules, expert_rules):
+            for text in (text for holds, text in rules(self) if not holds):
                 raise UserError(text)
 
-    def shape_rules(self) -> list[tuple[bool, str]]:
-        m, d, loop = self.model, self.data, self.loop
-        return [
-            (m.dim % m.heads == 0, f"NUM_HEADS={m.heads} does not divide MODEL_DIM={m.dim}"),
-            (m.heads % m.kv_heads == 0, f"NUM_KV_HEADS={m.kv_heads} does not divide NUM_HEADS={m.heads}"),
-            (
-                m.head_dim % 2 == 0,
-                f"MODEL_DIM/NUM_HEADS={m.head_dim} is odd, but rotary embedding turns pairs",
-            ),
-            (m.hidden >= 1, f"MLP_MULT={m.mlp_mult} leaves no hidden unit at MODEL_DIM={m.dim}"),
-            (
-                d.batch_tokens % d.spans == 0,
-                f"TRAIN_SPANS={d.spans} does not divide TRAIN_BATCH_TOKENS={d.batch_tokens}",
-            ),
-            (
-                d.packing or d.span % d.seq_len == 0,
-                f"TRAIN_SEQ_LEN={d.seq_len} does not divide the {d.span} tokens of a span "
-                f"(TRAIN_BATCH_TOKENS/TRAIN_SPANS)",
-            ),
-            (
-                not loop.on or loop.first <= loop.last < m.layers,
-                f"LOOP_START={loop.first}, LOOP_END={loop.last} want start <= end < NUM_LAYERS={m.layers}",
-            ),
-        ]
 
-    def feature_rules(self) -> list[tuple[bool, str]]:
-        m = self.model
-        narrow = self.attn.sparse_gate or self.attn.out_gate or self.input.smear
-        return [
-            (
-                self.rope_dims % 2 == 0 and self.rope_dims <= m.head_dim,
-                f"ROPE_DIMS={self.rope_dims} wants an even number up to MODEL_DIM/NUM_HEADS={m.head_dim}",
-            ),
-            (
-                self.rope_dims > 2 or not self.attn.rope_ntk,
-                f"ROPE_YARN=1 wants more than the {self.rope_dims} dimensions of ROPE_DIMS",
-            ),
-            (
-                not narrow or self.attn.gate_window <= m.dim,
-                f"GATE_WINDOW={self.attn.gate_window} is wider than MODEL_DIM={m.dim}",
-            ),
-            (
-                bool(self.table_layers),
-                f"VE_LAYERS={self.input.values_layers!r} wants layers below NUM_LAYERS={m.layers}, e.g. 1,2",
-            ),
-            (self.input.bigram_rows != 1, "BIGRAM_VOCAB_SIZE=1 wants at least 2 rows, one for beginnings"),
-            (
-                not self.residual.lanes_on or self.lanes_start < m.layers,
-                f"PARALLEL_START_LAYER={self.residual.lanes_from} leaves no layer for two lanes, which begin "
-                f"at layer {self.lanes_start} of NUM_LAYERS={m.layers}; lower it",
-            ),
-        ]
+# fmt: off
+def shape_rules(cfg: Config) -> list[tuple[bool, str]]:
+    """(whether it holds, the line that says what is wrong), as of all the rules below."""
+    dim, heads, groups, each = cfg.model.dim, cfg.model.heads, cfg.model.kv_heads, cfg.model.head_dim
+    first, last, layers, span = cfg.loop.first, cfg.loop.last, cfg.model.layers, cfg.data.span
+    tokens, spans, length = cfg.data.batch_tokens, cfg.data.spans, cfg.data.seq_len
+    return [
+        (dim % heads == 0, f"NUM_HEADS={heads} does not divide MODEL_DIM={dim}"),
+        (heads % groups == 0, f"NUM_KV_HEADS={groups} does not divide NUM_HEADS={heads}"),
+        (each % 2 == 0, f"MODEL_DIM/NUM_HEADS={each} is odd, but rotary embedding turns pairs"),
+        (cfg.model.hidden >= 1, f"MLP_MULT={cfg.model.mlp_mult} leaves no hidden unit at MODEL_DIM={dim}"),
+        (tokens % spans == 0, f"TRAIN_SPANS={spans} does not divide TRAIN_BATCH_TOKENS={tokens}"),
+        (cfg.data.packing or span % length == 0, f"TRAIN_SEQ_LEN={length} does not divide the {span} tokens "
+         "of a span (TRAIN_BATCH_TOKENS/TRAIN_SPANS)"),
+        (not cfg.loop.on or first <= last < layers, f"LOOP_START={first}, LOOP_END={last} want start <= end "
+         f"< NUM_LAYERS={layers}"),
+    ]
 
-    def run_rules(self) -> list[tuple[bool, str]]:
-        return [
-            (
-                not self.scoring.sliding or self.scoring.stride <= self.eval_len,
-                f"EVAL_STRIDE={self.scoring.stride} is longer than the evaluation context of {self.eval_len}",
-            ),
-            (
-                self.run.score != "sliding" or self.scoring.sliding,
-                "SCORE=sliding wants SLIDING_WINDOW_ENABLED=1",
-            ),
-            (not self.run.sample or self.run.eval_only, "SAMPLE wants EVAL_ONLY=1 and an ARTIFACT"),
-            (
-                not self.run.resume or bool(self.run.id or self.run.dir),
-                "RESUME=1 wants RUN_ID or RUN_DIR, to know which run",
-            ),
-        ]
+
+def feature_rules(cfg: Config) -> list[tuple[bool, str]]:
+    narrow = cfg.attn.sparse_gate or cfg.attn.out_gate or cfg.input.smear
+    layers, turned, lanes = cfg.model.layers, cfg.rope_dims, cfg.residual.lanes_from
+    return [
+        (turned % 2 == 0 and turned <= cfg.model.head_dim, f"ROPE_DIMS={turned} wants an even number up to "
+         f"MODEL_DIM/NUM_HEADS={cfg.model.head_dim}"),
+        (turned > 2 or not cfg.attn.rope_ntk, f"ROPE_YARN=1 wants more than the {turned} dimensions of "
+         "ROPE_DIMS"),
+        (not narrow or cfg.attn.gate_window <= cfg.model.dim, f"GATE_WINDOW={cfg.attn.gate_window} is wider "
+         f"than MODEL_DIM={cfg.model.dim}"),
+        (bool(cfg.table_layers), f"VE_LAYERS={cfg.input.values_layers!r} wants layers below NUM_LAYERS="
+         f"{layers}, e.g. 1,2"),
+        (cfg.input.bigram_rows != 1, "BIGRAM_VOCAB_SIZE=1 wants at least 2 rows, one for beginnings"),
+        (not lanes or cfg.lanes_start < layers, f"PARALLEL_START_LAYER={lanes} leaves no layer for two "
+         f"lanes, beginning at layer {cfg.lanes_start} of NUM_LAYERS={layers}; lower it"),
+    ]
+
+
+def run_rules(cfg: Config) -> list[tuple[bool, str]]:
+    slides, named = cfg.scoring.sliding, bool(cfg.run.id or cfg.run.dir)
+    return [
+        (not slides or cfg.scoring.stride <= cfg.eval_len, f"EVAL_STRIDE={cfg.scoring.stride} is longer than "
+         f"the evaluation context of {cfg.eval_len}"),
+        (cfg.run.score != "sliding" or slides, "SCORE=sliding wants SLIDING_WINDOW_ENABLED=1"),
+        (not cfg.run.sample or cfg.run.eval_only, "SAMPLE wants EVAL_ONLY=1 and an ARTIFACT"),
+        (not cfg.run.resume or named, "RESUME=1 wants RUN_ID or RUN_DIR, to know which run"),
+    ]
+
+
+def codec_rules(cfg: Config) -> list[tuple[bool, str]]:
+    training, export, group = cfg.export.turbo_train, cfg.export.turbo_export, cfg.export.ternary_group
+    return [
+        (training == export, f"TURBO_QUANT_TRAIN={training:d}, TURBO_QUANT_EXPORT={export:d}: what is "
+         "trained would not be what ships; set them alike"),
+        (not training or group.bit_count() == 1, "TURBO_QUANT_TRAIN=1 wants a power of two, not "
+         f"TERNARY_GROUP={group}"),
+    ]
+
+
+def expert_rules(cfg: Config) -> list[tuple[bool, str]]:
+    """Rules of MOE_ENABLED=1, and of rates."""
+    start, taken, layers = cfg.experts_start, cfg.moe.top_k, cfg.model.layers
+    return [
+        (cfg.optim.head_mult >= 0.9 or cfg.optim.head_low, f"HEAD_LR_MULT={cfg.optim.head_mult:g} is below "
+         "0.9, and 0.7 made the loss 2.2 % worse; raise it, or set ALLOW_HEAD_LR_UNDERSCALE=1"),
+        (not cfg.moe.on or taken <= cfg.moe.experts, f"MOE_TOP_K={taken} is more than "
+         f"MOE_NUM_EXPERTS={cfg.moe.experts}"),
+        (not cfg.moe.on or start < layers, f"MOE_LAYER_FRAC={cfg.moe.layer_frac:g} leaves none of "
+         f"NUM_LAYERS={layers} to experts, which begin at layer {start}; lower it"),
+        (not cfg.moe.on or cfg.optim.matrices == "muon", "MOE_ENABLED=1 wants MATRIX_OPTIMIZER=muon: Adam "
+         "would decay and move experts that no token took"),
+    ]
+# fmt: on
 
 
 # What SIZE_LADDER may lower: knob -> (kinds of tensors, field of their codec).
@@ -749,6 +772,7 @@ ALIASES = {
 # modes, which all ship ternary matrices and differ in whether brotli is tried; "gptq" is no GPTQ there.
 VALUE_ALIASES = {
     ("COMPRESSOR", "pergroup"): "auto",
+    ("MATRIX_OPTIMIZER", "adam"): "adamw",
     ("COMPRESSOR", "1"): "auto",
     ("COMPRESSOR", "0"): "lzma",
     ("TERNARY_CLIP_MODE", "1"): "percentile",
@@ -788,7 +812,6 @@ NOT_HERE = {
     "REFINER": ("0", "there is no refiner"),
     "REFINER_KERNEL": ("", ""),
     "BIGRAM_HASH": ("0", "the table of token pairs is BIGRAM_VOCAB_SIZE here"),
-    "MATRIX_OPTIMIZER": ("muon", "Muon trains the matrices"),
     "TRAINING_DEPTH_RECURRENCE": ("0", "depth recurrence is NUM_LOOPS here"),
     "EVAL_DEPTH_RECURRENCE": ("0", "depth recurrence is NUM_LOOPS here"),
     "BATCH_TOKENS_START": ("0", ONE_SIZE),
@@ -1075,7 +1098,9 @@ class Phase(NamedTuple):
     momentum: float  # Muon
     loops: int  # extra visits of the looped layers
     qat: bool  # weights pass through their codec
-    decay: float = 1.0  # multiplies Muon's weight decay
+    decay: float = 1.0  # multiplies the weight decay of matrices
+    routing: float = 1.0  # how far experts are from their first, flatter choice to their last
+    extra: int = 0  # experts that a token takes beyond MOE_TOP_K until then
     noise: object = None  # the step as a tensor (), where ternary weights are trained under noise
 
 
@@ -1109,6 +1134,11 @@ def decay_taper(at: Progress, cfg: Config) -> float:
     return 1.0 - late * (1.0 - cfg.optim.wd_taper_final)
 
 
+def routing_at(at: Progress, cfg: Config) -> float:
+    """From 0 to 1 over the first MOE_START_FRACTION of the run, then 1."""
+    return min(fraction(at, cfg) / cfg.moe.start, 1.0) if cfg.moe.start > 0 else 1.0
+
+
 def phase_at(at: Progress, cfg: Config) -> Phase:
     """The schedule, whole: a pure function of progress and configuration."""
     falling = warmdown_by_fraction if cfg.schedule.warmdown_frac > 0 else warmdown_by_iters
@@ -1119,19 +1149,23 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     looping = cfg.loop.on and fraction(at, cfg) >= cfg.loop.at
     qat = cfg.qat_from_start or lr < cfg.schedule.late_qat
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
-    return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay)
+    routing = routing_at(at, cfg) if cfg.moe.on else 1.0
+    extra = cfg.moe.extra * (routing < 1)
+    return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay, routing, extra)
 
 
 def final_phase(cfg: Config) -> Phase:
-    """The phase of a loaded artifact: all loops on, weights as they are (they come out of the codec)."""
+    """The phase of a loaded artifact, and of validation: all loops on, MOE_TOP_K experts a token, weights as
+    they are (they come out of the codec)."""
     return Phase(0.0, cfg.optim.momentum, cfg.loop.count, False)
 
 
 def warm_phases(cfg: Config) -> list[Phase]:
     """One phase for each distinct forward graph that the run will meet, in order."""
     quant = {cfg.qat_from_start, cfg.quantises}
-    loops = {0, cfg.loop.count}
-    return [Phase(1.0, cfg.optim.momentum, n, q) for q, n in itertools.product(sorted(quant), sorted(loops))]
+    loops, extras = {0, cfg.loop.count}, {0, cfg.moe.extra}
+    variants = itertools.product(sorted(quant), sorted(loops), sorted(extras, reverse=True))
+    return [Phase(1.0, cfg.optim.momentum, n, q, routing=1.0 - e, extra=e) for q, n, e in variants]
 
 
 # ======================================================================================
@@ -3019,6 +3053,73 @@ def squared_mlp() -> Callable:
     return lambda x, up, down, slope: mlp(x, up, down, slope)[0]
 
 
+def grouped_ref(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """x (N,K), w (E,R,K), ends (E,) ascending to N -> (N,R): rows of x before ends[e], and not before
+    ends[e-1], times w[e]^T."""
+    edges = itertools.pairwise([0, *ends.tolist()])
+    return torch.cat([x[a:b] @ matrix.T for (a, b), matrix in zip(edges, w, strict=True)])
+
+
+def grouped_weight_grad_ref(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """g (N,R), x (N,K) -> (E,R,K): the gradient of w, zeros where a group is empty."""
+    return torch.stack([g[a:b].T @ x[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])])
+
+
+def grouped_weight_grad(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The same by torch's grouped product, whose empty groups are not relied upon."""
+    taken = ends.diff(prepend=ends.new_zeros(1)) > 0
+    return torch._grouped_mm(g.T, x, ends).masked_fill(~taken[:, None, None], 0.0)
+
+
+def groups_at_once(x: Tensor, w: Tensor) -> bool:
+    """Whether torch's grouped product takes these: bfloat16 on Hopper or later, rows of whole 16 bytes."""
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return hopper and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in w.shape[1:])
+
+
+@functools.cache
+def grouped_operator() -> Callable:
+    """grouped_ref as one opaque operator, whose groups may have any size inside a compiled block.
+
+    A host reads `ends` for its slices; on a GPU torch multiplies all groups in one kernel, where it can.
+    """
+
+    @torch.library.custom_op("golf::grouped", mutates_args=())
+    def product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(x, w.mT, ends) if groups_at_once(x, w) else grouped_ref(x, w, ends)
+
+    @torch.library.custom_op("golf::grouped_grad", mutates_args=())
+    def grads(g: Tensor, x: Tensor, w: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        g = g.contiguous()  # a gradient may be expanded
+        if groups_at_once(x, w):
+            return torch._grouped_mm(g, w, ends), grouped_weight_grad(g, x, ends)
+        return grouped_ref(g, w.mT, ends), grouped_weight_grad_ref(g, x, ends)
+
+    def keep(ctx: object, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx: object, g: Tensor) -> tuple:
+        return *grads(g, *ctx.saved_tensors), None
+
+    product.register_fake(lambda x, w, ends: x.new_empty(len(x), w.shape[1]))
+    grads.register_fake(lambda g, x, w, ends: (x.new_empty(x.shape), w.new_empty(w.shape)))
+    product.register_autograd(differentiate, setup_context=keep)
+    return lambda x, w, ends: product(x, w, ends)  # an operator cannot be copied with its module
+
+
+class Reorder(torch.autograd.Function):
+    """Rows by a permutation; backward by its inverse, where indexing would add rows up in any order."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None, None]:
+        return g[ctx.saved_tensors[0]], None, None
+
+
 # ======================================================================================
 # 8. Storage -- how a tensor ships: decode(encode(w)) equals fake_quant(w), bit for bit
 # uses: Config
@@ -3504,7 +3605,7 @@ class Tag:
     """
 
     codec: Codec
-    optim: str  # "muon" | "embed" | "head" | "scalar"
+    optim: str  # a row of optimizer_table: "muon", "embed", "head", "scalar", "other", ...
     kind: str = "gain"  # or "attn", "mlp", "embed": whose codec a knob and SIZE_LADDER name
 
 
@@ -3913,6 +4014,8 @@ class Ctx(NamedTuple):
     lanes: tuple[Tensor, Tensor] | None = None  # (2,) and (2,2): how this layer's lanes go on and take in
     first: Tensor | None = None  # (B,T,G,K) values of the first layer
     table: Tensor | None = None  # (B,T,G*K) values looked up by token
+    routing: Tensor | None = None  # () of the phase, for experts
+    shares: Tensor | None = None  # (E,) of this layer's experts in all choices of the step before
 
 
 class Out(NamedTuple):
@@ -3921,6 +4024,7 @@ class Out(NamedTuple):
     y: Tensor  # (B,T,D)
     aux: dict[str, Tensor]  # unweighted scalar losses by name
     values: Tensor | None = None  # (B,T,G,K), where a later layer wants them
+    counts: Tensor | None = None  # (E,) how often each expert was taken; of a model (L,E)
 
 
 NO_AUX: dict[str, Tensor] = {}
@@ -4195,10 +4299,10 @@ class HeadGate(Weighted):
         super().__init__()
         self.form = form
         self.weight = nn.Parameter(torch.zeros(cfg.model.heads, form.window).normal_(0.0, form.std))
-        self.tags = {"weight": Tag(gate_codec(cfg), "scalar")}
+        self.tags = {"weight": Tag(gate_codec(cfg), "other")}
         if form.bias is not None:
             self.bias = nn.Parameter(torch.full((cfg.model.heads,), form.bias))
-            self.tags["bias"] = Tag(Half(), "scalar")
+            self.tags["bias"] = Tag(Half(), "other")
 
     def forward(self, x: Tensor, queries: Tensor, phase: Phase) -> Tensor:  # (B,T,D), (B,T,H*K) -> (B,T,H,1)
         read = (queries if self.form.of_queries else x)[..., : self.form.window]
@@ -4294,7 +4398,7 @@ def make_mixer(cfg: Config, layer: int, attend: Callable) -> nn.Module:
 
 # ======================================================================================
 # 12. Feed-forward -- each token by itself
-# uses: Config Kernels Layers
+# uses: Config Schedule Kernels Storage Layers
 # ======================================================================================
 
 
@@ -4325,8 +4429,130 @@ class MLP(nn.Module):
         return trains and self.fused is not None and not heard
 
 
+class Bank(Weighted):
+    """A matrix (R,C) for each expert, in one parameter (E,R,C): each row is scaled and stored by itself.
+
+    No tap: expert matrices of integers are rounded to nearest, and get no low-rank correction.
+    """
+
+    def __init__(self, n_in: int, n_out: int, cfg: Config, zero: bool = False) -> None:
+        super().__init__()
+        start = torch.zeros(cfg.moe.experts, n_out, n_in)
+        self.weight = nn.Parameter(start if zero else start.uniform_(-(n_in**-0.5), n_in**-0.5))
+        self.tags, self.product = {"weight": matrix_tag("mlp", cfg)}, grouped_operator()
+
+    def forward(self, x: Tensor, ends: Tensor, phase: Phase) -> Tensor:  # (N,C), (E,) -> (N,R)
+        return self.product(x, self.effective(phase).to(x.dtype), ends)
+
+
+class OutBank(Bank):
+    """Of the matrices that end the experts' MLPs: they begin as OutProj does, and each has a gain of its own.
+
+    The gain multiplies a matrix's columns, which is the same as its inputs, and is done once.
+    """
+
+    def __init__(self, n_in: int, n_out: int, cfg: Config) -> None:
+        super().__init__(n_in, n_out, cfg, zero=True)
+        self.cfg = cfg
+        if cfg.model.out_std > 0:
+            nn.init.normal_(self.weight, 0.0, cfg.model.out_std)
+        if cfg.model.normed == "gain":
+            self.scale = nn.Parameter(torch.ones(cfg.moe.experts, n_in))
+            self.tags["scale"] = Tag(Half(), "scalar")
+
+    def forward(self, x: Tensor, ends: Tensor, phase: Phase) -> Tensor:
+        w = self.effective(phase)
+        if self.cfg.model.normed != "none":
+            x = norm(x)
+        if self.cfg.model.normed == "gain":
+            w = w * gain(self.scale, phase)[:, None]
+        return self.product(x, w.to(x.dtype), ends)
+
+
+class Routes(NamedTuple):
+    """Which experts each token takes, the best first, and by which weight."""
+
+    chosen: Tensor  # (N,k) int64
+    weights: Tensor  # (N,k) of the logits' dtype; a row sums to 1
+    probs: Tensor  # (N,E) of the same
+
+
+def route(logits: Tensor, top_k: int, extra: int, routing: Tensor) -> Routes:
+    """(N,E) -> the top_k most probable experts and, while routing < 1, the `extra` next (SKC notes 2.13).
+
+    Weights of either kind are its mass times p / (sum of its p, without gradient): they sum to the mass,
+    and the gradient of p reaches the router even where one expert takes all. At routing 1 the extra ones
+    have no mass left and the temperature is 1, so that nothing jumps when they go. Of equally probable
+    experts the first is taken.
+    """
+    taken = top_k + extra
+    if extra:
+        logits = logits / (1.0 + (1.0 - routing) * (logits.shape[1] / taken - 1.0))
+    logs = logits.log_softmax(1)
+    chosen = logs.detach().argsort(dim=1, descending=True, stable=True)[:, :taken]
+    picked = logs.gather(1, chosen)
+    weights = parts_of_one(picked[:, :top_k])
+    if extra:
+        mass = routing + (1.0 - routing) * (top_k / taken)
+        weights = torch.cat([mass * weights, (1.0 - mass) * parts_of_one(picked[:, top_k:])], 1)
+    return Routes(chosen, weights, logs.exp())
+
+
+def parts_of_one(logs: Tensor) -> Tensor:
+    """(N,k) logarithms of p -> p / (their sum, without gradient), also where every p underflows."""
+    return (logs - logs.logsumexp(1, keepdim=True).detach()).exp()
+
+
+def balance_loss(shares: Tensor, probs: Tensor) -> Tensor:
+    """(E,) shares of the step before, (N,E) -> E * sum of share times mean p: 1 where either is even.
+
+    The shares are those of all ranks and micro-batches, so the loss is linear in the batch and its split
+    does not matter. Less their mean, which changes nothing as p sums to 1: of even shares the gradient is
+    zero then, not rounding that Adam would make steps of.
+    """
+    even = 1.0 / len(shares)
+    return 1.0 + len(shares) * ((shares - even) * probs.mean(0)).sum()
+
+
+class Experts(nn.Module):
+    """A mixture of MLPs: each token is read by a few of them, chosen by a router (Fedus et al., 2021).
+
+    No token is left out, however many want one expert. A router of zeros sends all tokens to the first.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.router = nn.Parameter(torch.empty(cfg.moe.experts, cfg.model.dim).normal_(0.0, 0.02))
+        self.tags = {"router": Tag(Half(), "router")}
+        self.up = Bank(cfg.model.dim, cfg.model.hidden, cfg)
+        self.down = OutBank(cfg.model.hidden, cfg.model.dim, cfg)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Out:  # (B,T,D)
+        rows, router = x.flatten(0, -2), gain(self.router, ctx.phase)
+        logits = F.linear(rows.to(router.dtype), router)  # float32, whatever the activations are
+        found = route(logits, self.cfg.moe.top_k, ctx.phase.extra, ctx.routing)
+        numbers = torch.arange(self.cfg.moe.experts, device=x.device)
+        counts = (found.chosen[..., None] == numbers).sum((0, 1))
+        order = found.chosen.flatten().argsort(stable=True)  # assignments, expert by expert
+        inverse = order.argsort()
+        taken = found.chosen.shape[1]
+        h = Reorder.apply(rows.repeat_interleave(taken, 0), order, inverse)
+        y = Reorder.apply(self.read(h, counts.cumsum(0).int(), ctx.phase), inverse, order)
+        y = (y.unflatten(0, (-1, taken)) * found.weights[..., None].to(y.dtype)).sum(1)
+        return Out(y.view(x.shape), {"balance": balance_loss(ctx.shares, found.probs)}, counts=counts.float())
+
+    def read(self, h: Tensor, ends: Tensor, phase: Phase) -> Tensor:
+        """(N,D) -> (N,D): rows before ends[e], and not before ends[e-1], by the MLP of expert e."""
+        h = self.up(h, ends, phase)
+        h = F.leaky_relu(h, self.cfg.model.slope) if self.cfg.model.slope else F.relu(h)
+        return self.down(h.square(), ends, phase)
+
+
 def make_ffn(cfg: Config, layer: int) -> nn.Module:
     """The one place where a layer's feed-forward is chosen."""
+    if cfg.moe.on and layer >= cfg.experts_start:
+        return Experts(cfg)
     return MLP(cfg)
 
 
@@ -4346,7 +4572,7 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, cfg.attn.gate_window))
         self.amount = nn.Parameter(torch.zeros(1))
-        self.tags = dict.fromkeys(("weight", "amount"), Tag(Half(), "scalar"))
+        self.tags = {"weight": Tag(Half(), "other"), "amount": Tag(Half(), "scalar")}
 
     def forward(self, e: Tensor, starts: Tensor, phase: Phase) -> Tensor:  # (B,T,D), (B,T) bool
         now, before = e[:, 1:], e[:, :-1]
@@ -4436,7 +4662,7 @@ class Block(nn.Module):
         if cfg.residual.delta_gate:
             self.delta_weight = nn.Parameter(torch.zeros(1, cfg.model.dim))
             self.delta_bias = nn.Parameter(torch.full((1,), 2.0))
-            self.tags |= dict.fromkeys(("delta_weight", "delta_bias"), Tag(Half(), "scalar"))
+            self.tags |= dict.fromkeys(("delta_weight", "delta_bias"), Tag(Half(), "other"))
 
     def forward(self, x: Tensor, x0: Tensor, ctx: Ctx) -> Out:  # (B,T,D) twice
         mix = gain(self.resid_mix, ctx.phase).to(x.dtype)
@@ -4448,7 +4674,7 @@ class Block(nn.Module):
         if self.cfg.residual.delta_gate:
             weight, bias = (gain(p, ctx.phase).to(x.dtype) for p in (self.delta_weight, self.delta_bias))
             x = start + torch.sigmoid(F.linear(start, weight, bias)) * (x - start)
-        return Out(x, add_aux(a.aux, m.aux), a.values)
+        return Out(x, add_aux(a.aux, m.aux), a.values, m.counts)
 
     def mixed(self, x: Tensor, ctx: Ctx) -> Out:
         a = self.attn(self.entering(x, ctx), ctx)
@@ -4471,7 +4697,7 @@ class LaneBlock(Block):
         m = self.fed(x[1], ctx)
         goes_on, takes_in = (t.to(x.dtype)[..., None, None, None] for t in ctx.lanes)
         x = goes_on * x + takes_in[0] * a.y + takes_in[1] * m.y
-        return Out(x, add_aux(a.aux, m.aux), a.values)
+        return Out(x, add_aux(a.aux, m.aux), a.values, m.counts)
 
 
 def make_block(cfg: Config, layer: int, attend: Callable) -> Block:
@@ -4544,6 +4770,10 @@ class GPT(nn.Module):
             self.tags["vocab_bias"] = Tag(Half(), "scalar")
         if cfg.ahead.on:
             self.ahead = Ahead(cfg)
+        if cfg.moe.on:  # given a device, since a model is also made without memory; it does not ship
+            size = (cfg.model.layers - cfg.experts_start, cfg.moe.experts)
+            even = torch.full(size, 1.0 / cfg.moe.experts, device=world.device)
+            self.register_buffer("shares", even, persistent=False)
 
     def forward(self, ctx: Ctx, targets: Tensor) -> tuple[Tensor, Out]:
         """Nats of every target (B,T) in float32, and the hidden states with their auxiliary losses."""
@@ -4569,15 +4799,31 @@ class GPT(nn.Module):
         x0 = self.enter(ctx)
         x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
         plan, kept, aux, ctx = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX, self.filled(ctx, x)
+        calls: list[tuple[int, Tensor]] = []
         for layer in plan.encoder:
             out, ctx = self.visit(layer, x, x0, ctx)
             x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
+            if self.cfg.moe.on:
+                calls.append((layer, out.counts))
         for j, layer in enumerate(plan.decoder):
             if j < plan.skips:
                 x = self.skip((j, layer), x, kept[-1 - j], ctx.phase)
             out, ctx = self.visit(layer, x, x0, ctx)
             x, aux = out.y, add_aux(aux, out.aux)
+            if self.cfg.moe.on:
+                calls.append((layer, out.counts))
+        if self.cfg.moe.on:
+            return Out(norm(self.read_out(x)), *self.tally(aux, calls))
         return Out(norm(self.read_out(x)), aux)
+
+    def tally(
+        self, aux: dict[str, Tensor], calls: list[tuple[int, Tensor | None]]
+    ) -> tuple[dict[str, Tensor], None, Tensor]:
+        """Balance as the mean of all calls of experts; how often each was taken (layers,E), by all calls."""
+        calls = [(layer, counts) for layer, counts in calls if counts is not None]
+        layers = range(self.cfg.experts_start, self.cfg.model.layers)
+        rows = [sum(counts for at, counts in calls if at == layer) for layer in layers]
+        return aux | {"balance": aux["balance"] / len(calls)}, None, torch.stack(rows)
 
     def enter(self, ctx: Ctx) -> Tensor:
         """(B,T) -> (B,T,D), normalised."""
@@ -4601,12 +4847,16 @@ class GPT(nn.Module):
             stretch = self.cfg.attn.yarn_len / self.cfg.data.seq_len
             slowness = yarn_slowness(self.cfg.rope_dims, stretch, x)
         ctx = ctx._replace(rope=rope_table(x.shape[1], self.cfg.rope_dims, base, x, slowness))
+        if self.cfg.moe.on:
+            ctx = ctx._replace(routing=torch.full((), ctx.phase.routing, device=x.device))
         return ctx._replace(table=self.value_table(ctx, x.dtype)) if self.cfg.input.values else ctx
 
     def visit(self, layer: int, x: Tensor, x0: Tensor, ctx: Ctx) -> tuple[Out, Ctx]:
         """One block, told its own scalars as tensors: as numbers each would be a graph of its own."""
         if self.cfg.residual.ln_scale:
             ctx = ctx._replace(scale=x.new_full((), (layer + 1) ** -0.5))
+        if self.cfg.moe.on and layer >= self.cfg.experts_start:
+            ctx = ctx._replace(shares=self.shares[layer - self.cfg.experts_start])
         out = self.blocks[layer](x, x0, ctx)
         if self.cfg.attn.value_residual and ctx.first is None:
             ctx = ctx._replace(first=out.values)
@@ -4673,9 +4923,10 @@ def make_model(cfg: Config, world: World) -> GPT:
     """
     torch.manual_seed(cfg.budget.seed)
     model = new_model(cfg, world)
-    for proj in (m for m in model.modules() if isinstance(m, Proj)):
-        if proj.weight.any() and not isinstance(proj, OutProj):
-            start_matrix(proj.weight, cfg)
+    for proj in (m for m in model.modules() if isinstance(m, (Proj, Bank))):
+        if proj.weight.any() and not isinstance(proj, (OutProj, OutBank)):
+            for matrix in matrices_of(proj.weight):
+                start_matrix(matrix, cfg)
     if cfg.ternary.calibrates:
         for m in ternary_modules(model):
             m.grid = torch.tensor([0.5, 1.0])  # which changes nothing yet
@@ -4704,6 +4955,11 @@ def start_matrix(weight: Tensor, cfg: Config) -> None:
         nn.init.orthogonal_(weight)
     if cfg.model.init == "normal":
         nn.init.normal_(weight, 0.0, cfg.model.init_std)
+
+
+def matrices_of(t: Tensor) -> list[Tensor]:
+    """A matrix, or those of a bank of experts (E,R,C)."""
+    return [t] if t.ndim == 2 else [t[e] for e in range(len(t))]
 
 
 def empty_model(cfg: Config, world: World) -> GPT:
@@ -4736,7 +4992,7 @@ def activation_bytes(cfg: Config, world: World) -> int:
 
     rows = cfg.data.span * cfg.data.spans // (micro_batches(cfg, world.size) * world.size * cfg.data.seq_len)
     tokens = torch.zeros(max(rows, 1), cfg.data.seq_len, dtype=torch.int64, device="meta")
-    ctx = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg))
+    ctx = Ctx(tokens, None, cfg.data.seq_len, final_phase(cfg)._replace(extra=cfg.moe.extra))
     nowhere = dataclasses.replace(world, device=torch.device("meta"))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         empty_model(cfg, nowhere).hidden(ctx)
@@ -4955,17 +5211,24 @@ def settle_kernels(model: GPT, cfg: Config, world: World) -> None:
 @of_config
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
-    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": cfg.model.z_loss}
+    z, balance = cfg.model.z_loss, cfg.moe.balance
+    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": z, "balance": balance}
 
 
 def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """(total, unweighted terms): means over the batch, in nats per token where they are likelihoods."""
+    """(total, unweighted terms): means over the batch, in nats per token where they are likelihoods.
+
+    With experts the terms hold beside the losses `counts` (L,E), how often each was taken.
+    """
     nll, out = model(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, phase), batch.targets)
     terms = {"nll": nll.mean(), **out.aux}
     if cfg.ahead.on:
         terms["ahead"] = model.ahead(out.y, batch.targets, batch.docs, model.loss_of)
     weights = loss_weights(cfg)
-    return sum(weights[name] * loss for name, loss in terms.items()), terms
+    total = sum(weights[name] * loss for name, loss in terms.items())
+    if cfg.moe.on:
+        terms["counts"] = out.counts
+    return total, terms
 
 
 # ======================================================================================
@@ -5012,11 +5275,36 @@ def newton_schulz(g: Tensor, coefficients: list[tuple[float, float, float]]) -> 
     return x.mT if tall else x
 
 
+@of_config
+def optimizer_table(cfg: Config) -> dict[str, tuple[str, float, float]]:
+    """Kind of parameter -> (algorithm, rate, weight decay), both at a phase's factor 1 (SKC notes 3.2).
+
+    scalar: gains, scales, what is mixed with what. other: weights and biases of gates. router: of experts,
+    never decayed. diagonal: of a recurrence that must not grow, see `keep_diagonals`.
+    """
+    matrices, scales = "adam", cfg.optim.scalar_lr * cfg.optim.scales_mult
+    if cfg.optim.matrices == "muon":
+        coefficients = "polar_express" if cfg.optim.polar_express else "newton_schulz"
+        matrices = f"muon{'+row_norm' * cfg.optim.row_normalize}+{coefficients}x{cfg.optim.ns_steps}"
+    width = REFERENCE_WIDTH / cfg.model.dim if cfg.optim.width_scaling else 1.0
+    tied = cfg.optim.tied_embed_lr * cfg.optim.head_mult
+    return {
+        "muon": (matrices, cfg.optim.matrix_lr * width, cfg.optim.muon_wd),
+        "embed": ("adam", tied if cfg.model.tied else cfg.optim.embed_lr, cfg.optim.embed_wd),
+        "head": ("adam", cfg.optim.head_lr * cfg.optim.head_mult, cfg.optim.embed_wd),
+        "scalar": ("adam", scales, cfg.optim.adam_wd if cfg.optim.wd_of_scales else 0.0),
+        "other": ("adam", cfg.optim.scalar_lr, cfg.optim.adam_wd),
+        "router": ("adam", scales, 0.0),
+        "diagonal": ("adam", 0.01, 0.0),
+    }
+
+
 class Stack(NamedTuple):
     """Matrices of one shape, in an order that all ranks know; each rank orthogonalises a share of them."""
 
     names: list[str]
-    params: list[nn.Parameter]
+    owners: list[nn.Parameter]  # which have the gradients
+    params: list[Tensor]  # the matrices, live: parameters, or of a bank of experts each by itself
     padding: Tensor  # (P,R,C) zeros: so many more, and the ranks divide the stack
     momentum: Tensor  # (share,R,C), of this rank's
 
@@ -5030,6 +5318,9 @@ def muon_update(
     """
     new = momentum * beta + grads
     update = grads + beta * new
+    if cfg.moe.on:  # an expert that no token took rests: its momentum stays, and does not move it
+        ok = ok & (grads.norm(dim=(-2, -1), keepdim=True) > cfg.optim.active_norm)
+        update = update * ok
     torch.where(ok, new, momentum, out=momentum)
     if cfg.optim.row_normalize:  # MuonEq-R (record 1855)
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
@@ -5041,29 +5332,36 @@ def muon_update(
 class Muon:
     """Momentum, then orthogonalisation; matrices of one shape go through it as one batch, shared by ranks.
 
-    `ok` is a 0-d bool tensor: where it is False nothing changes, without asking the host.
+    A bank of experts is as many matrices, `name.0`, `name.1`, ... `ok` is a 0-d bool tensor: where it is
+    False nothing changes, without asking the host.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], cfg: Config, world: World) -> None:
-        self.cfg, self.world, self.names = cfg, world, list(params)
-        scale = REFERENCE_WIDTH / cfg.model.dim if cfg.optim.width_scaling else 1.0
-        self.rate = cfg.optim.matrix_lr * scale
-        shapes: dict[tuple, list[str]] = {}
+        self.cfg, self.world = cfg, world
+        self.rate = optimizer_table(cfg)["muon"][1]
+        self.names = [matrix for name, p in params.items() for matrix in matrix_names(name, p)]
+        shapes: dict[tuple, dict[str, nn.Parameter]] = {}
         for name, p in params.items():
-            shapes.setdefault(tuple(p.shape), []).append(name)
-        largest_first = sorted(shapes.items(), key=lambda item: -len(item[1]) * math.prod(item[0]))
-        self.stacks = [self.stack(names, [params[name] for name in names]) for _, names in largest_first]
+            shapes.setdefault(tuple(p.shape[-2:]), {})[name] = p
+        stacks = [self.stack(members) for members in shapes.values()]
+        self.stacks = sorted(stacks, key=lambda s: -len(s.names) * s.params[0].numel())  # largest first
 
-    def stack(self, names: list[str], params: list[nn.Parameter]) -> Stack:
+    @torch.no_grad()
+    def stack(self, members: dict[str, nn.Parameter]) -> Stack:
+        names = [matrix for name, p in members.items() for matrix in matrix_names(name, p)]
+        params = [matrix for p in members.values() for matrix in matrices_of(p)]
         share = -(-len(names) // self.world.size)
         padding = params[0].new_zeros(share * self.world.size - len(names), *params[0].shape)
-        return Stack(names, params, padding, params[0].new_zeros(share, *params[0].shape))
+        return Stack(
+            names, list(members.values()), params, padding, params[0].new_zeros(share, *params[0].shape)
+        )
 
     def share_gradients(self) -> list[tuple[Tensor, Pending]]:
         """Start averaging the gradients; of each stack, the share (share,R,C) that will be here."""
+        grads = [[g for p in stack.owners for g in matrices_of(p.grad)] for stack in self.stacks]
         return [
-            self.world.mean_share_later(torch.stack([*(p.grad for p in stack.params), *stack.padding]))
-            for stack in self.stacks
+            self.world.mean_share_later(torch.stack([*found, *stack.padding]))
+            for found, stack in zip(grads, self.stacks, strict=True)
         ]
 
     def update(self, stack: Stack, grads: Tensor, phase: Phase, ok: Tensor) -> Tensor:
@@ -5073,11 +5371,17 @@ class Muon:
         return move(stack.momentum, grads, beta, ok, self.cfg, self.world.dtype)
 
     def apply(self, stack: Stack, update: Tensor, phase: Phase, ok: Tensor) -> None:
-        """Decay and move all matrices of a stack, by the updates (S,R,C) of all ranks."""
+        """Decay and move all matrices of a stack, by the updates (S,R,C) of all ranks.
+
+        With experts those whose update is nothing do not decay: they rest, on whichever rank that was found.
+        """
         rows, cols = update.shape[1:]
         if self.cfg.optim.muon_wd > 0:
             decay = phase.lr * self.rate * self.cfg.optim.muon_wd * phase.decay
-            torch._foreach_mul_(stack.params, 1.0 - decay * ok)
+            kept = 1.0 - decay * ok
+            if self.cfg.moe.on:
+                kept = list((1.0 - decay * (ok & update.any(-1).any(-1)))[: len(stack.params)].unbind())
+            torch._foreach_mul_(stack.params, kept)
         rate = phase.lr * self.rate * max(1.0, rows / cols) ** 0.5
         moves = update[: len(stack.params)].float().mul_(rate).masked_fill_(~ok, 0.0)
         torch._foreach_sub_(stack.params, list(moves.unbind()))
@@ -5100,6 +5404,11 @@ class Muon:
                 live.copy_(saved[prefix + name])
 
 
+def matrix_names(name: str, p: Tensor) -> list[str]:
+    """The name of a matrix, or of each of a bank of experts."""
+    return [name] if p.ndim == 2 else [f"{name}.{e}" for e in range(len(p))]
+
+
 class Gradients(NamedTuple):
     """What ranks have averaged: Muon's by shares, a tensor (share,R,C) a stack; the others whole."""
 
@@ -5111,29 +5420,21 @@ class Gradients(NamedTuple):
 class Optimizer:
     """All parameter groups of a model. Rates come from the phase at every step, never from a stored group.
 
-    Every rank holds all weights and Adam's moments, and a share of Muon's momentum (frontier 5.4).
+    Every rank holds all weights and Adam's moments, and a share of Muon's momentum (frontier 5.4). A
+    parameter without gradient is still moved by Adam's moments and decay: routers, of which each row has
+    one through the softmax, lose nothing by it, experts would.
     """
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:
         self.world, self.groups, self.cfg = world, group_params(model), cfg
-        self.muon = Muon(self.groups["muon"], cfg, world)
-        self.rates = {
-            "muon": self.muon.rate,
-            "scalar": cfg.optim.scalar_lr,
-            "head": cfg.optim.head_lr,
-            "embed": cfg.optim.tied_embed_lr if cfg.model.tied else cfg.optim.embed_lr,
-        }
-        self.decays = {
-            "muon": cfg.optim.muon_wd,
-            "scalar": cfg.optim.adam_wd,
-            "head": cfg.optim.embed_wd,
-            "embed": cfg.optim.embed_wd,
-        }
-        kinds = [kind for kind in self.groups if kind != "muon"]
+        self.rules = {kind: optimizer_table(cfg)[kind] for kind in self.groups}
+        self.rates = {kind: rate for kind, (_, rate, _) in self.rules.items()}
+        kinds = [kind for kind, (algorithm, _, _) in self.rules.items() if algorithm == "adam"]
+        self.muon = Muon(self.groups["muon"] if "muon" not in kinds else {}, cfg, world)
         betas = (cfg.optim.beta1, cfg.optim.beta2)
         self.adam = torch.optim.AdamW(
             [
-                {"params": list(self.groups[k].values()), "kind": k, "weight_decay": self.decays[k]}
+                {"params": list(self.groups[k].values()), "kind": k, "weight_decay": self.rules[k][2]}
                 for k in kinds
             ],
             lr=0.0,
@@ -5142,6 +5443,11 @@ class Optimizer:
             fused=True,
         )
         self.adam.grad_scale = None
+        # embedding, head, then the others as they were declared: the norm's last bits depend on the order
+        first, params = [self.groups.get(k, {}) for k in ("embed", "head")], dict(model.named_parameters())
+        rest = {n: p for k in kinds for n, p in self.groups[k].items() if k not in ("embed", "head")}
+        first += [{n: p for n, p in params.items() if n in rest}]
+        self.whole = [p for members in first for p in members.values()]
 
     @torch.no_grad()
     def step(self, gradients: Gradients, phase: Phase, ok: Tensor) -> None:
@@ -5158,9 +5464,13 @@ class Optimizer:
                 self.land(travelling.popleft(), phase, ok)
         for group in self.adam.param_groups:
             group["lr"] = phase.lr * self.rates[group["kind"]]
+            if self.cfg.optim.matrices == "adamw" and group["kind"] == "muon":
+                group["weight_decay"] = self.rules["muon"][2] * phase.decay
         self.adam.found_inf = (~ok).float()  # torch's own switch for a step that must not happen
         self.adam.step()
-        self.land(travelling.popleft(), phase, ok)
+        if travelling:
+            self.land(travelling.popleft(), phase, ok)
+        keep_diagonals(self.groups.get("diagonal", {}), ok)
 
     def land(self, travelled: tuple[Stack, Tensor, Pending], phase: Phase, ok: Tensor) -> None:
         stack, update, pending = travelled
@@ -5185,34 +5495,33 @@ class Optimizer:
                     "exp_avg_sq": torch.zeros_like(p),
                 }
 
-    def algorithm(self, kind: str) -> str:
-        if kind != "muon":
-            return "adam"
-        coefficients = "polar_express" if self.cfg.optim.polar_express else "newton_schulz"
-        rows = "+row_norm" if self.cfg.optim.row_normalize else ""
-        return f"muon{rows}+{coefficients}x{self.cfg.optim.ns_steps}"
-
     def table(self) -> list[str]:
         """Lines for the log: who trains what, at which rate and decay."""
         return [
-            f"optimizer_group:{kind} algorithm:{self.algorithm(kind)} lr:{self.rates[kind]:g} "
-            f"wd:{self.decays[kind]:g} tensors:{len(members)} "
-            f"params:{sum(p.numel() for p in members.values())}"
-            for kind, members in self.groups.items()
+            f"optimizer_group:{kind} algorithm:{algorithm} lr:{rate:g} wd:{decay:g} "
+            f"tensors:{len(self.groups[kind])} params:{sum(p.numel() for p in self.groups[kind].values())}"
+            for kind, (algorithm, rate, decay) in self.rules.items()
         ]
 
 
 def group_params(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
     """Optimizer kind -> {name: parameter}: disjoint and complete, asserted. KeyError for a new kind."""
-    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "embed": {}, "head": {}, "scalar": {}}
+    groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in optimizer_table(model.cfg)}
     params = dict(model.named_parameters())
     for name, tag in param_tags(model).items():
         groups[tag.optim][name] = params[name]
     assert sorted(n for g in groups.values() for n in g) == sorted(params), (
         "a parameter is in no group or in two"
     )
-    assert all(p.ndim == 2 for p in groups["muon"].values()), "Muon orthogonalises matrices only"
+    assert all(p.ndim in (2, 3) for p in groups["muon"].values()), "Muon orthogonalises matrices only"
     return {kind: members for kind, members in groups.items() if members}
+
+
+@torch.no_grad()
+def keep_diagonals(members: dict[str, nn.Parameter], ok: Tensor) -> None:
+    """Into +-0.999 after a step that happened: at 1 a state would never fade, beyond it would grow."""
+    for p in members.values():
+        p.copy_(torch.where(ok, p.clamp(-0.999, 0.999), p))
 
 
 class Average:
@@ -5238,21 +5547,22 @@ class Average:
 
 
 @torch.no_grad()
-def reduce_gradients(optimizer: Optimizer, loss: Tensor) -> Gradients:
-    """Average gradients, and the 0-d loss with them, over ranks: no DDP and none of its silent traps.
+def reduce_gradients(optimizer: Optimizer, *figures: Tensor) -> Gradients:
+    """Average gradients, and figures as the loss with them, over ranks: no DDP and none of its silent traps.
 
     Muon's stacks leave first, the largest ahead, and come back as shares; the others come back whole, in
     place. A parameter that took no part in this step counts as zero.
     """
     for p in (p for members in optimizer.groups.values() for p in members.values()):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    whole = [p.grad for group in optimizer.adam.param_groups for p in group["params"]]
+    whole = [p.grad for p in optimizer.whole]
     coming = optimizer.muon.share_gradients()
-    rest = optimizer.world.mean_later([*whole, loss])
+    rest = optimizer.world.mean_later([*whole, *figures])
     for _, pending in coming:
         pending.wait()
     shares = [share.float() for share, _ in coming]
-    square = optimizer.world.sum_(torch.stack(torch._foreach_norm(shares)).square().sum().reshape(1))
+    own = torch.stack(torch._foreach_norm(shares)) if shares else figures[0].new_zeros(1)
+    square = optimizer.world.sum_(own.square().sum().reshape(1))
     rest.wait()
     norms = torch.stack([square[0].sqrt(), *torch._foreach_norm(whole)])
     return Gradients(norms.norm(), shares, whole)
@@ -5628,21 +5938,28 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
     or gradient leaves weights, moments and averages untouched, decided on the device and alike on
     every rank.
     """
-    loss, phase = torch.zeros((), device=t.world.device), training_phase(t, phase)
+    figures, phase = [torch.zeros((), device=t.world.device)], training_phase(t, phase)
+    if t.cfg.moe.on:
+        figures.append(torch.zeros_like(t.model.shares))
     t.model.zero_grad(set_to_none=True)
     for batch in batches:
         total, terms = objective(t.model, batch, phase, t.cfg)
         (total / len(batches)).backward()
-        loss += terms["nll"].detach() / len(batches)
+        figures[0] += terms["nll"].detach() / len(batches)
+        if t.cfg.moe.on:
+            figures[1] += terms["counts"]
     if t.cfg.optim.clips_own:
         clip_own(t.model, t.cfg.optim.clip)
-    gradients = reduce_gradients(t.optimizer, loss)
+    gradients, loss = reduce_gradients(t.optimizer, *figures), figures[0]
     ok = torch.isfinite(loss) & torch.isfinite(gradients.norm)
     if t.cfg.optim.clips_mean:
         clip_mean(gradients, t.cfg.optim.clip)
     t.optimizer.step(gradients, phase, ok)
     if t.cfg.optim.ema_on:
         t.average.update(ok)
+    if t.cfg.moe.on:  # of all ranks and micro-batches: what the balance of the next step is held against
+        shares = figures[1] / figures[1].sum(1, keepdim=True)
+        t.model.shares.copy_(torch.where(ok, shares, t.model.shares))
     return torch.stack([loss, gradients.norm, ok.float()])
 
 
@@ -5888,13 +6205,15 @@ SHAPE_SECTIONS = (
     "residual",
     "input",
     "ahead",
+    "moe",
     "export",
 )  # whose knobs decide the forward, with the four below
 MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
 START_KNOBS = (  # of those sections, what matters to a model that is trained from the start alone
     "MATRIX_INIT", "MATRIX_INIT_STD", "RESIDUAL_PROJ_INIT_STD", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT",
     "GATED_ATTN_INIT_STD", "SPARSE_ATTN_GATE_INIT_STD", "ENABLE_LOOPING_AT", "MTP_LOSS_WEIGHT",
-    "EMBED_PROJ_OPTIMIZER", "Z_LOSS_WEIGHT",
+    "EMBED_PROJ_OPTIMIZER", "Z_LOSS_WEIGHT", "MOE_ROUTER_AUX_LOSS_COEF",
+    "MOE_START_FRACTION",
 )  # fmt: skip
 SHAPE_KNOBS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "DOC_PACKING", "LQER_ENABLED")
 
@@ -5987,7 +6306,7 @@ def corrected(model: GPT, tags: dict[str, Tag], hessians: dict[str, Tensor], cfg
     """The tags, the LQER_TOP_K integer matrices with the largest error under a low-rank correction."""
     errors, params = {}, dict(model.named_parameters())
     for name, tag in tags.items():
-        if isinstance(tag.codec, IntRow):
+        if isinstance(tag.codec, IntRow) and params[name].ndim == 2:
             w = params[name].detach()
             held = tag.codec.decode(tag.codec.encode(w, hessians.get(name)), tuple(w.shape))
             errors[name] = float((w.cpu() - held).norm())

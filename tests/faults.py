@@ -719,6 +719,38 @@ def step_by_shares() -> None:
         np.savez(Path(os.environ["OUT"]) / f"{my_rank()}.npz", **t.tensors())
 
 
+def move_experts() -> None:
+    """Three steps in which expert e has gradients on rank e alone, or on the only rank, and the last nowhere.
+
+    NOTES: which experts of a bank moved, which have momentum, a digest, and sums of what they became.
+    """
+    import torch
+
+    import train_gpt
+
+    with gloo() as (cfg, world):
+        t = train_gpt.Trainer(train_gpt.make_model(cfg, world), None, cfg, world, "")
+        bank = t.model.blocks[1].mlp.up.weight
+        before = bank.detach().clone()
+        for number in range(3):
+            for i, p in enumerate(t.model.parameters()):
+                random = torch.Generator().manual_seed(1000 * number + i)
+                p.grad = torch.randn(p.shape, generator=random)
+                if p.ndim == 3:
+                    for e in range(len(p)):
+                        mine = e == 2 or (world.size > 1 and e != world.rank)
+                        p.grad[e] *= 0 if mine else world.size
+            gradients = train_gpt.reduce_gradients(t.optimizer, torch.zeros(()))
+            t.optimizer.step(gradients, train_gpt.Phase(1.0, 0.9, 0, False), torch.tensor(True))
+        state = t.optimizer.muon.state()
+        NOTES.update(
+            moved=[not torch.equal(a, b) for a, b in zip(bank, before, strict=True)],
+            momentum=[bool(state[f"blocks.1.mlp.up.weight.{e}"].any()) for e in range(len(bank))],
+            sums=bank.detach().double().square().sum((1, 2)).tolist(),
+            digest=digest(t),
+        )
+
+
 def share_16_megabytes() -> None:
     """Rank 0's random bytes on every rank, with the seconds that took."""
     import hashlib

@@ -242,6 +242,7 @@ LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0}
 TAPER = {"MUON_WD": 0.5, "WD_TAPER_START_FRAC": 0.4, "WD_TAPER_FINAL_MULT": 0.5}
 LANES, SPARSE = {"PARALLEL_START_LAYER": 2}, {"SPARSE_ATTN_GATE_ENABLED": 1}
 OUT = {"ATTN_OUT_GATE_ENABLED": 1}
+EXPERTS = {"MOE_ENABLED": 1}
 PAIRS, VALUES, AHEAD = {"BIGRAM_VOCAB_SIZE": 64}, {"VE_ENABLED": 1}, {"MTP_NUM_HEADS": 1}
 EFFECTS = {
     "RUN_ID": Effect({"RUN_ID": "other"}, seen=result("run_id")),
@@ -315,6 +316,12 @@ EFFECTS = {
     "VE_LAYERS": Effect({"VE_LAYERS": "0"}, VALUES),
     "MTP_NUM_HEADS": Effect(AHEAD),
     "MTP_LOSS_WEIGHT": Effect({"MTP_LOSS_WEIGHT": 1.0}, AHEAD),
+    "MOE_ENABLED": Effect(EXPERTS),
+    "MOE_NUM_EXPERTS": Effect({"MOE_NUM_EXPERTS": 2}, EXPERTS),
+    "MOE_TOP_K": Effect({"MOE_TOP_K": 2}, EXPERTS),
+    "MOE_ROUTER_AUX_LOSS_COEF": Effect({"MOE_ROUTER_AUX_LOSS_COEF": 1}, EXPERTS),
+    "MOE_START_FRACTION": Effect({"MOE_START_FRACTION": 0.3}, EXPERTS),
+    "MOE_LAYER_FRAC": Effect({"MOE_LAYER_FRAC": 0.6}, EXPERTS),
     "NUM_LOOPS": Effect({"NUM_LOOPS": 2}, LOOPS),
     "LOOP_START": Effect({"LOOP_START": 1}, LOOPS),
     "LOOP_END": Effect({"LOOP_END": 2}, LOOPS),
@@ -324,6 +331,10 @@ EFFECTS = {
     "TIED_EMBED_LR": Effect({"TIED_EMBED_LR": 0.01}),
     "EMBED_LR": Effect({"EMBED_LR": 0.1}, UNTIED),
     "HEAD_LR": Effect({"HEAD_LR": 0.1}, UNTIED),
+    "SCALES_LR_MULT": Effect({"SCALES_LR_MULT": 3}),
+    "HEAD_LR_MULT": Effect({"HEAD_LR_MULT": 1.5}),
+    "ALLOW_HEAD_LR_UNDERSCALE": Effect({"ALLOW_HEAD_LR_UNDERSCALE": 1}, {"HEAD_LR_MULT": 0.7}, error),
+    "MATRIX_OPTIMIZER": Effect({"MATRIX_OPTIMIZER": "adamw"}),
     "BETA1": Effect({"BETA1": 0.5}),
     "BETA2": Effect({"BETA2": 0.5}),
     "ADAM_EPS": Effect({"ADAM_EPS": 1e-3}),
@@ -337,6 +348,8 @@ EFFECTS = {
     "MUON_WD": Effect({"MUON_WD": 0.1}),
     "EMBED_WD": Effect({"EMBED_WD": 0.1}),
     "ADAM_WD": Effect({"ADAM_WD": 0.1}),
+    "ADAM_WD_SCALES": Effect({"ADAM_WD_SCALES": 0}, {"ADAM_WD": 0.1}),
+    "MUON_ACTIVE_GRAD_EPS": Effect({"MUON_ACTIVE_GRAD_EPS": 1000}, EXPERTS),
     "WD_TAPER_START_FRAC": Effect({"WD_TAPER_START_FRAC": 0.1}, TAPER),
     "WD_TAPER_FINAL_MULT": Effect({"WD_TAPER_FINAL_MULT": 0.0}, TAPER),
     "LR_WIDTH_SCALING": Effect({"LR_WIDTH_SCALING": 1}, {"MATRIX_LR": 0.001}),

@@ -26,6 +26,7 @@ TABLES = {  # records/bench/<name>.md -> the program that writes it, or what rec
     "gpu_suite": "tests/bench/gpu_suite.py",
     "reliability": "tests/bench/reliability.py",
     "run_local": "tests/bench/run_local.py",
+    "ternary_record": "tests/bench/ternary_record.py",
 }
 NOT_RUN = {"gpu_suite"}  # tables that have no raw lines yet, and say so
 PROSE = {"log"}  # of records/bench, written by hand

@@ -1,8 +1,8 @@
-"""Bytes of the ternary record: those expected before training, those that ship, those of its published format.
+"""Bytes of the ternary record: expected before training, shipped, and in the format it was published in.
 
-    python tests/bench/ternary_record.py --train    # train records/t74 for 40 short steps (an hour, two cores)
-    python tests/bench/ternary_record.py            # ship those weights, add to the raw lines, write the table
-    python tests/bench/ternary_record.py --table    # write the table again from the raw lines
+    python tests/bench/ternary_record.py --train  # train records/t74 for 40 short steps (an hour, two cores)
+    python tests/bench/ternary_record.py          # ship those weights, add to the raw lines, write the table
+    python tests/bench/ternary_record.py --table  # write the table again from the raw lines
 
 The model has the record's size and all its knobs; a step has 4,096 tokens of the ablation's sp8192 shards
 (data/README.md), and is one of 40. The published format is what the record's script wrote: five trits a byte,
@@ -102,8 +102,8 @@ def render(rows: list[dict]) -> str:
     head = [
         "# Bytes of the ternary record",
         "",
-        f"`python tests/bench/ternary_record.py`: records/t74 after {steps} steps of {tokens:,} tokens, shipped "
-        f"with scales in float16 and in steps. {where(last)}",
+        f"`python tests/bench/ternary_record.py`: records/t74 after {steps} steps of {tokens:,} tokens, "
+        f"shipped with scales in float16 and in steps. {where(last)}",
         "",
         "| scales | expected before training | artifact | /expected | published format | /published "
         "| bits per byte | change | encode s | decode s |",

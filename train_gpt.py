@@ -783,7 +783,7 @@ def with_derived(env: dict[str, str]) -> dict[str, str]:
     slopes = {"relu2": "0", "lrelu2": told.get("LEAKY_RELU_SLOPE", "0.5")}
     tables = {"FP_STORAGE": STORAGE, "ACTIVATION": {k: {"MLP_NEGATIVE_SLOPE": v} for k, v in slopes.items()}}
     out = dict(env)
-    for name in told.keys() & tables.keys():
+    for name in (name for name in tables if name in told):
         if told[name] not in tables[name]:
             raise UserError(f"{name}={env[name]!r} is not here; want {' or '.join(tables[name])}")
         for knob_name, value in tables[name][told[name]].items():

@@ -139,7 +139,7 @@ def test_compiled_loss_is_the_loss():
 @needs_compiler
 @pytest.mark.parametrize("curve", ["poly", pytest.param("algebraic", marks=pytest.mark.full)])
 def test_compiled_loss_of_another_form_is_the_loss(curve):
-    """Nats, log-sum-exps and all gradients, with a bias and z-loss, the last chunk shorter than the others."""
+    """Nats, log-sum-exps and all gradients, with a bias and z-loss, the last chunk being shorter."""
     args, weights = formed_problem(True, rows=300, vocab=100), (torch.randn(300), 0.1)
     with mock.patch.object(train_gpt, "chunk_rows", lambda n, vocab, gpu=False: 128):
         found = formed(args, curve, 10.0, weights, functools.partial(train_gpt.formed_nll, fast=True))

@@ -241,7 +241,7 @@ UNTIED, SLIDING = {"TIE_EMBEDDINGS": 0}, {"SLIDING_WINDOW_ENABLED": 1}
 LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0}
 TAPER = {"MUON_WD": 0.5, "WD_TAPER_START_FRAC": 0.4, "WD_TAPER_FINAL_MULT": 0.5}
 LANES, SPARSE = {"PARALLEL_START_LAYER": 2}, {"SPARSE_ATTN_GATE_ENABLED": 1}
-OUT = {"ATTN_OUT_GATE_ENABLED": 1}
+OUT, NARROW, YARN = {"ATTN_OUT_GATE_ENABLED": 1}, {"EMBED_DIM": 16}, {"ROPE_TYPE": "yarn"}
 PAIRS, VALUES, AHEAD = {"BIGRAM_VOCAB_SIZE": 64}, {"VE_ENABLED": 1}, {"MTP_NUM_HEADS": 1}
 EFFECTS = {
     "RUN_ID": Effect({"RUN_ID": "other"}, seen=result("run_id")),
@@ -283,12 +283,23 @@ EFFECTS = {
     "MLP_MULT": Effect({"MLP_MULT": 2.5}),
     "TIE_EMBEDDINGS": Effect({"TIE_EMBEDDINGS": 0}),
     "TIED_EMBED_INIT_STD": Effect({"TIED_EMBED_INIT_STD": 0.1}),
+    "EMBED_DIM": Effect(NARROW),
+    "EMBED_PROJ_OPTIMIZER": Effect({"EMBED_PROJ_OPTIMIZER": "adam"}, NARROW),
+    "VOCAB_BIAS": Effect({"VOCAB_BIAS": 1}),
     "LOGIT_SOFTCAP": Effect({"LOGIT_SOFTCAP": 5}),
+    "SOFTCAP_TYPE": Effect({"SOFTCAP_TYPE": "poly"}, {"LOGIT_SOFTCAP": 5}),
+    "Z_LOSS_WEIGHT": Effect({"Z_LOSS_WEIGHT": 0.01}),
     "ROPE_BASE": Effect({"ROPE_BASE": 100}),
     "QK_GAIN_INIT": Effect({"QK_GAIN_INIT": 3}),
     "MLP_NEGATIVE_SLOPE": Effect({"MLP_NEGATIVE_SLOPE": 0.5}),
     "MATRIX_INIT": Effect({"MATRIX_INIT": "orthogonal"}),
+    "MATRIX_INIT_STD": Effect({"MATRIX_INIT_STD": 0.1}, {"MATRIX_INIT": "normal"}),
+    "RESIDUAL_PROJ_INIT_STD": Effect({"RESIDUAL_PROJ_INIT_STD": 0.002}),
+    "NORMED_PROJ": Effect({"NORMED_PROJ": "plain"}),
     "ROPE_DIMS": Effect({"ROPE_DIMS": 4}),
+    "ROPE_TYPE": Effect(YARN),
+    "YARN_MAX_LEN": Effect({"YARN_MAX_LEN": 64}, YARN),
+    "FUSED_QKV": Effect({"FUSED_QKV": 1}),
     "ROPE_YARN": Effect({"ROPE_YARN": 1}, {"EVAL_SEQ_LEN": 64}),
     "XSA_LAST_N": Effect({"XSA_LAST_N": 2}),
     "GATED_ATTN_ENABLED": Effect({"GATED_ATTN_ENABLED": 1}),

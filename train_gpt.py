@@ -2365,7 +2365,8 @@ def final_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form
 
 def softcapped_nll_ref(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N,D), weight (V,D), targets (N,) -> nats (N,): the meaning of every faster form."""
-    return F.cross_entropy(final_logits(hidden, weight, None, Form(cap)), targets, reduction="none")
+    logits = cap * torch.tanh(wide(hidden @ weight.to(hidden.dtype).T) / cap)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def formed_nll_ref(
@@ -4518,18 +4519,21 @@ def make_model(cfg: Config, world: World) -> GPT:
     """
     torch.manual_seed(cfg.budget.seed)
     model = new_model(cfg, world)
-    for proj in (m for m in model.modules() if isinstance(m, Proj)):
-        if proj.weight.any() and not isinstance(proj, OutProj):
-            start_matrix(proj.weight, cfg)
+    if cfg.model.init != "uniform":
+        start_otherwise(model, cfg)
     return model.to(world.device)
 
 
-def start_matrix(weight: Tensor, cfg: Config) -> None:
-    """What MATRIX_INIT makes of a projection: orthogonal of gain 1 (frontier 2.1), normal."""
-    if cfg.model.init == "orthogonal":
-        nn.init.orthogonal_(weight)
-    if cfg.model.init == "normal":
-        nn.init.normal_(weight, 0.0, cfg.model.init_std)
+@torch.no_grad()
+def start_otherwise(model: GPT, cfg: Config) -> None:
+    """What neither begins at zero nor ends a branch: orthogonal of gain 1 (frontier 2.1), or normal."""
+    for proj in (m for m in model.modules() if isinstance(m, Proj) and not isinstance(m, OutProj)):
+        if not proj.weight.any():
+            continue
+        if cfg.model.init == "orthogonal":
+            nn.init.orthogonal_(proj.weight)
+        else:
+            proj.weight.normal_(0.0, cfg.model.init_std)
 
 
 def empty_model(cfg: Config, world: World) -> GPT:

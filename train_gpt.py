@@ -882,7 +882,7 @@ def with_derived(env: dict[str, str]) -> dict[str, str]:
     slopes = {"relu2": "0", "lrelu2": told.get("LEAKY_RELU_SLOPE", "0.5")}
     tables = {"FP_STORAGE": STORAGE, "ACTIVATION": {k: {"MLP_NEGATIVE_SLOPE": v} for k, v in slopes.items()}}
     out = dict(env)
-    for name in told.keys() & tables.keys():
+    for name in (name for name in tables if name in told):
         if told[name] not in tables[name]:
             raise UserError(f"{name}={env[name]!r} is not here; want {' or '.join(tables[name])}")
         for knob_name, value in tables[name][told[name]].items():
@@ -2476,7 +2476,8 @@ def final_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form
 
 def softcapped_nll_ref(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N,D), weight (V,D), targets (N,) -> nats (N,): the meaning of every faster form."""
-    return F.cross_entropy(final_logits(hidden, weight, None, Form(cap)), targets, reduction="none")
+    logits = cap * torch.tanh(wide(hidden @ weight.to(hidden.dtype).T) / cap)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def formed_nll_ref(
@@ -4923,10 +4924,8 @@ def make_model(cfg: Config, world: World) -> GPT:
     """
     torch.manual_seed(cfg.budget.seed)
     model = new_model(cfg, world)
-    for proj in (m for m in model.modules() if isinstance(m, (Proj, Bank))):
-        if proj.weight.any() and not isinstance(proj, (OutProj, OutBank)):
-            for matrix in matrices_of(proj.weight):
-                start_matrix(matrix, cfg)
+    if cfg.model.init != "uniform":
+        start_otherwise(model, cfg)
     if cfg.ternary.calibrates:
         for m in ternary_modules(model):
             m.grid = torch.tensor([0.5, 1.0])  # which changes nothing yet
@@ -4949,12 +4948,17 @@ def grids_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: m.grid for name, m in weighted.items() if m.grid is not None}
 
 
-def start_matrix(weight: Tensor, cfg: Config) -> None:
-    """What MATRIX_INIT makes of a projection: orthogonal of gain 1 (frontier 2.1), normal."""
-    if cfg.model.init == "orthogonal":
-        nn.init.orthogonal_(weight)
-    if cfg.model.init == "normal":
-        nn.init.normal_(weight, 0.0, cfg.model.init_std)
+@torch.no_grad()
+def start_otherwise(model: GPT, cfg: Config) -> None:
+    """What neither begins at zero nor ends a branch: orthogonal of gain 1 (frontier 2.1), or normal."""
+    for proj in (m for m in model.modules() if isinstance(m, (Proj, Bank))):
+        if isinstance(proj, (OutProj, OutBank)) or not proj.weight.any():
+            continue
+        for matrix in matrices_of(proj.weight):
+            if cfg.model.init == "orthogonal":
+                nn.init.orthogonal_(matrix)
+            else:
+                matrix.normal_(0.0, cfg.model.init_std)
 
 
 def matrices_of(t: Tensor) -> list[Tensor]:

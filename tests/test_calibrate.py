@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt
 from faults import play, small
@@ -48,8 +49,10 @@ def by_hooks(model, cfg, loader, step: int) -> dict[str, torch.Tensor]:
     totals, handles = {}, []
 
     def catch(name):
-        def hook(_, args):
+        def hook(module, args):
             x = args[0].detach().flatten(0, -2).double()
+            if isinstance(module, train_gpt.OutProj) and cfg.model.normed == "gain":
+                x = F.rms_norm(x, x.shape[-1:], eps=2**-23) * module.scale.detach().double()
             totals[name] = totals.get(name, 0) + x.T @ x
 
         return hook
@@ -61,6 +64,7 @@ def by_hooks(model, cfg, loader, step: int) -> dict[str, torch.Tensor]:
         batch = loader.batch([loader.spans.span(step + k // cfg.data.spans, k % cfg.data.spans)])
         with torch.no_grad():
             out = model.hidden(Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))).y
+            out = model.embed.out(out, final_phase(cfg)) if cfg.model.embed_dim else out
         x = out.flatten(0, 1).double()
         head = "embed.weight" if cfg.model.tied else "head.weight"
         totals[head] = totals.get(head, 0) + x.T @ x
@@ -71,6 +75,8 @@ def by_hooks(model, cfg, loader, step: int) -> dict[str, torch.Tensor]:
 
 SETTINGS = {
     "plain": {}, "looped": LOOPS, "untied": {"TIE_EMBEDDINGS": 0}, "packed": {"DOC_PACKING": 1},
+    "narrow": {"EMBED_DIM": 16, "FUSED_QKV": 1}, "normed": {"NORMED_PROJ": "gain"},
+    "narrow, untied": {"EMBED_DIM": 16, "TIE_EMBEDDINGS": 0},
 }  # fmt: skip
 
 

@@ -190,6 +190,62 @@ def test_abandoned_name_is_refused_with_the_reason(old):
         read_config({old: "1"})
 
 
+# (published names, the same in ours)
+SAME = [
+    ({"BITNET_GROUP_SIZE": 64, "WARMDOWN_FRACTION": 0.2}, {"TERNARY_GROUP": 64, "WARMDOWN_FRAC": 0.2}),
+    ({"SLIDING_EVAL": 1, "SLIDING_EVAL_STRIDE": 16}, {"SLIDING_WINDOW_ENABLED": 1, "EVAL_STRIDE": 16}),
+    ({"PARTIAL_ROPE_DIMS": 16, "SMEAR": 1}, {"ROPE_DIMS": 16, "SMEAR_GATE_ENABLED": 1}),
+    ({"MTP_HEADS": 2}, {"MTP_NUM_HEADS": 2}),
+    ({"FP_STORAGE": "FP8"}, {"EMBED_CODEC": "fp8"}),
+    ({"FP_STORAGE": "1"}, {"EMBED_CODEC": "fp8"}),
+    ({"FP_STORAGE": "FP4"}, {"EMBED_CODEC": "fp4"}),
+    ({"FP_STORAGE": 0}, {"EMBED_CODEC": "int", "EMBED_BITS": 16}),
+    ({"ACTIVATION": "relu2"}, {"MLP_NEGATIVE_SLOPE": 0}),
+    ({"ACTIVATION": "relu2", "LEAKY_RELU_SLOPE": 0.3}, {"MLP_NEGATIVE_SLOPE": 0}),
+    ({"ACTIVATION": "lrelu2"}, {"MLP_NEGATIVE_SLOPE": 0.5}),
+    ({"ACTIVATION": "lrelu2", "LEAKY_RELU_SLOPE": 0.3}, {"MLP_NEGATIVE_SLOPE": 0.3}),
+    ({"LEAKY_RELU_SLOPE": 0.3}, {"MLP_NEGATIVE_SLOPE": 0.3}),
+    ({"ACTIVATION": "lrelu2", "MLP_NEGATIVE_SLOPE": "0.50"}, {"MLP_NEGATIVE_SLOPE": 0.5}),
+    ({"DIFF_ATTN": 0, "REFINER": "off", "REFINER_KERNEL": 3, "UNTIE_AT_FRACTION": "0.00"}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("published", "ours"), SAME, ids=str)
+def test_published_name_says_what_ours_says(published, ours):
+    assert read_config(texts(published)) == read_config(texts(ours))
+    assert train_gpt.near_misses(texts(published)) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"FP_STORAGE": "fp16"}, "FP_STORAGE='fp16' is not here; want 0 or fp8 or 1 or fp4"),
+        ({"ACTIVATION": "swiglu"}, "ACTIVATION='swiglu' is not here; want relu2 or lrelu2"),
+        ({"FP_STORAGE": "fp8", "EMBED_CODEC": "int"}, "FP_STORAGE='fp8' says EMBED_CODEC=fp8, not 'int'"),
+        ({"ACTIVATION": "relu2", "MLP_NEGATIVE_SLOPE": 0.5}, "MLP_NEGATIVE_SLOPE=0, not '0.5'"),
+        ({"LEAKY_RELU_SLOPE": 0.1, "MLP_NEGATIVE_SLOPE": 0.5}, "MLP_NEGATIVE_SLOPE=0.1, not '0.5'"),
+    ],
+)
+def test_published_name_that_says_something_else_is_refused(env, words):
+    with pytest.raises(UserError, match=words):
+        read_config(texts(env))
+
+
+@pytest.mark.parametrize("name", [name for name, (taken, _) in train_gpt.NOT_HERE.items() if taken])
+def test_what_is_not_here_is_taken_only_where_it_is_off(name):
+    taken, why = train_gpt.NOT_HERE[name]
+    assert read_config({name: taken}) == Config()
+    assert train_gpt.near_misses({name: taken}) == []
+    with pytest.raises(UserError, match=f"{name}='2' is refused: {why}; want {name}={taken}, or unset it"):
+        read_config({name: "2"})
+
+
+def test_published_names_are_told_apart():
+    """A name that would be read twice would be read differently."""
+    names = [*KNOBS, *train_gpt.ALIASES, *train_gpt.DERIVING, *train_gpt.WITHOUT_EFFECT, *train_gpt.NOT_HERE]
+    assert len(set(names)) == len(names)
+
+
 def test_mistyped_knob_is_named_with_what_was_meant():
     assert train_gpt.near_misses({"MODEL_DIMS": "1"}) == ["MODEL_DIMS is not a knob; did you mean MODEL_DIM?"]
     assert train_gpt.near_misses({"NUM_LAYER": "1"}) == ["NUM_LAYER is not a knob; did you mean NUM_LAYERS?"]

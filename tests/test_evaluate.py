@@ -333,7 +333,11 @@ def drawn(model, count: int, seed: int) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("knobs", [{}, {"TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 3, "NUM_LOOPS": 1}], ids=str)
+NARROW = {"EMBED_DIM": 16, "VOCAB_BIAS": 1, "SOFTCAP_TYPE": "poly", "LOGIT_SOFTCAP": 3}
+UNTIED = {"TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 3, "NUM_LOOPS": 1}
+
+
+@pytest.mark.parametrize("knobs", [{}, UNTIED, NARROW], ids=str)
 def test_sampled_tokens_are_drawn_from_the_models_own_shares(knobs):
     """Past the context too, which moves on with the text."""
     cfg = config(SAMPLE=12, EVAL_ONLY=1, EVAL_SEQ_LEN=8, SEED=3, **knobs)

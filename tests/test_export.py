@@ -38,6 +38,10 @@ from train_gpt import (
 )
 
 LOOPS = {"NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1}
+TERNARY_RECORD = {
+    "MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp8", "TERNARY_SCALE_STEP": 0.02, "EMBED_DIM": 24,
+    "VOCAB_BIAS": 1, "SOFTCAP_TYPE": "poly", "LOGIT_SOFTCAP": 10, "ROPE_TYPE": "yarn", "FUSED_QKV": 1,
+}  # fmt: skip
 MODELS = [
     {}, {"MATRIX_BITS": 6}, {"MATRIX_BITS": 16, "EMBED_BITS": 6, "TIE_EMBEDDINGS": 0},
     {"INT8_CLIP_PERCENTILE": 95, "ROW_SCALE_FLOOR": 0.001, **LOOPS}, {"EMBED_BITS": 16, "DOC_PACKING": 1},
@@ -45,6 +49,8 @@ MODELS = [
     {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp8", "TERNARY_GROUP": 24},
     {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "fp4", "TERNARY_SCALE_STEP": 0.04},
     {"MATRIX_CODEC": "fp4", "EMBED_CODEC": "ternary", "TIE_EMBEDDINGS": 0},
+    {**TERNARY_RECORD, "NORMED_PROJ": "plain"},
+    {**TERNARY_RECORD, "NORMED_PROJ": "gain", "TIE_EMBEDDINGS": 0},
 ]  # fmt: skip
 
 

@@ -77,9 +77,9 @@ def test_no_graph_is_made_after_warm_up(tmp_path, data, monkeypatch, packing, dt
 
     The quantiser makes one more block of training, documents in bfloat16 one for their tiles, Muon one for
     each shape of its matrices, of which the tiny model has four. Experts make one more block for each of
-    these, with and without the quantiser, and in training one more while a token takes one more. Loops, validation, sliding windows, the
-    loaded artifact, documents in any number, and what the schedule changes make none. Counted with Dynamo
-    alone, which decides graphs and guards; the run counts by itself too.
+    these, with and without the quantiser, and in training one more while a token takes one more. Loops,
+    validation, sliding windows, the loaded artifact, documents in any number, and what the schedule changes
+    make none. Counted with Dynamo alone, which decides graphs and guards; the run counts by itself too.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(train_gpt.World, "compiles_updates", True)  # as on a GPU

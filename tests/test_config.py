@@ -251,7 +251,8 @@ BOUND = {  # by a rule that spans knobs
     "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END",
     "TRAIN_BATCH_TOKENS", "TRAIN_SPANS", "TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SCORE", "RESUME",
     "SAMPLE", "ROPE_DIMS", "ROPE_YARN", "GATE_WINDOW", "VE_LAYERS", "BIGRAM_VOCAB_SIZE",
-    "PARALLEL_START_LAYER",
+    "PARALLEL_START_LAYER", "MOE_ENABLED", "MOE_NUM_EXPERTS", "MOE_TOP_K", "MOE_LAYER_FRAC",
+    "MATRIX_OPTIMIZER", "HEAD_LR_MULT",
 }  # fmt: skip
 FREE = sorted(set(KNOBS) - BOUND)
 
@@ -268,6 +269,8 @@ def environments(draw) -> dict[str, str]:
     sizes |= {"GATE_WINDOW": draw(st.integers(1, 2)), "VE_LAYERS": draw(st.sampled_from(["", "1", "0, 5"]))}
     sizes |= {"PARALLEL_START_LAYER": draw(st.sampled_from([0, sizes["NUM_LAYERS"] - 1]))}
     sizes |= {"ROPE_DIMS": 2 * draw(st.integers(0, pairs)), "BIGRAM_VOCAB_SIZE": 2 * draw(st.integers(0, 9))}
+    sizes |= {"MOE_ENABLED": draw(st.integers(0, 1)), "MOE_TOP_K": draw(st.integers(1, 3))}
+    sizes |= {"MATRIX_OPTIMIZER": "muon" if sizes["MOE_ENABLED"] else "adamw", "HEAD_LR_MULT": 0.95}
     return env | texts(sizes) | {"MLP_MULT": repr(draw(st.floats(1, 8)))}
 
 

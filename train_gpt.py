@@ -5241,6 +5241,7 @@ def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tens
 # ======================================================================================
 
 
+KINDS = ("muon", "embed", "head", "scalar", "other", "router", "diagonal")  # rows of optimizer_table
 REFERENCE_WIDTH = 512  # LR_WIDTH_SCALING is 1 here: the published rates were found at this MODEL_DIM
 
 # Slope, cubic and quintic coefficient of each iteration, best for singular values down to about 1e-3 (Amsel
@@ -5280,6 +5281,11 @@ def newton_schulz(g: Tensor, coefficients: list[tuple[float, float, float]]) -> 
 
 
 @of_config
+def matrix_rate(cfg: Config) -> float:
+    return cfg.optim.matrix_lr * (REFERENCE_WIDTH / cfg.model.dim if cfg.optim.width_scaling else 1.0)
+
+
+@of_config
 def optimizer_table(cfg: Config) -> dict[str, tuple[str, float, float]]:
     """Kind of parameter -> (algorithm, rate, weight decay), both at a phase's factor 1 (SKC notes 3.2).
 
@@ -5290,10 +5296,9 @@ def optimizer_table(cfg: Config) -> dict[str, tuple[str, float, float]]:
     if cfg.optim.matrices == "muon":
         coefficients = "polar_express" if cfg.optim.polar_express else "newton_schulz"
         matrices = f"muon{'+row_norm' * cfg.optim.row_normalize}+{coefficients}x{cfg.optim.ns_steps}"
-    width = REFERENCE_WIDTH / cfg.model.dim if cfg.optim.width_scaling else 1.0
     tied = cfg.optim.tied_embed_lr * cfg.optim.head_mult
     return {
-        "muon": (matrices, cfg.optim.matrix_lr * width, cfg.optim.muon_wd),
+        "muon": (matrices, matrix_rate(cfg), cfg.optim.muon_wd),
         "embed": ("adam", tied if cfg.model.tied else cfg.optim.embed_lr, cfg.optim.embed_wd),
         "head": ("adam", cfg.optim.head_lr * cfg.optim.head_mult, cfg.optim.embed_wd),
         "scalar": ("adam", scales, cfg.optim.adam_wd if cfg.optim.wd_of_scales else 0.0),
@@ -5341,8 +5346,7 @@ class Muon:
     """
 
     def __init__(self, params: dict[str, nn.Parameter], cfg: Config, world: World) -> None:
-        self.cfg, self.world = cfg, world
-        self.rate = optimizer_table(cfg)["muon"][1]
+        self.cfg, self.world, self.rate = cfg, world, matrix_rate(cfg)
         self.names = [matrix for name, p in params.items() for matrix in matrix_names(name, p)]
         shapes: dict[tuple, dict[str, nn.Parameter]] = {}
         for name, p in params.items():
@@ -5431,7 +5435,8 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:
         self.world, self.groups, self.cfg = world, group_params(model), cfg
-        self.rules = {kind: optimizer_table(cfg)[kind] for kind in self.groups}
+        table = optimizer_table(cfg)
+        self.rules = {kind: table[kind] for kind in self.groups}
         self.rates = {kind: rate for kind, (_, rate, _) in self.rules.items()}
         kinds = [kind for kind, (algorithm, _, _) in self.rules.items() if algorithm == "adam"]
         self.muon = Muon(self.groups["muon"] if "muon" not in kinds else {}, cfg, world)
@@ -5448,10 +5453,9 @@ class Optimizer:
         )
         self.adam.grad_scale = None
         # embedding, head, then the others as they were declared: the norm's last bits depend on the order
-        first, params = [self.groups.get(k, {}) for k in ("embed", "head")], dict(model.named_parameters())
-        rest = {n: p for k in kinds for n, p in self.groups[k].items() if k not in ("embed", "head")}
-        first += [{n: p for n, p in params.items() if n in rest}]
-        self.whole = [p for members in first for p in members.values()]
+        place = {n: {"embed": 0, "head": 1}.get(k, 2) for k in kinds for n in self.groups[k]}
+        params = [(n, p) for n, p in model.named_parameters() if n in place]
+        self.whole = [p for _, p in sorted(params, key=lambda item: place[item[0]])]
 
     @torch.no_grad()
     def step(self, gradients: Gradients, phase: Phase, ok: Tensor) -> None:
@@ -5510,7 +5514,7 @@ class Optimizer:
 
 def group_params(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
     """Optimizer kind -> {name: parameter}: disjoint and complete, asserted. KeyError for a new kind."""
-    groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in optimizer_table(model.cfg)}
+    groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
     params = dict(model.named_parameters())
     for name, tag in param_tags(model).items():
         groups[tag.optim][name] = params[name]
@@ -7032,7 +7036,8 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     cfg, world = t.cfg, t.world
 
     def validate(step: int, train_ms: float) -> None:
-        now = phase_at(Progress(step, train_ms / 1000), cfg)  # loops and quantiser as trained so far
+        now = phase_at(Progress(step, train_ms / 1000), cfg)  # loops and quantiser as trained so far,
+        now = now._replace(routing=1.0, extra=0)  # experts as they are scored in the end
         with world.journal.phase("validate"):
             score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world, now)
         world.log(

@@ -60,21 +60,26 @@ ALL = {
     "NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1, "LATE_QAT_THRESHOLD": 0.5, "INT8_CLIP_PERCENTILE": 95,
     "VAL_LOSS_EVERY": 2, "SLIDING_WINDOW_ENABLED": 1, "EVAL_SEQ_LEN": 48, "EVAL_STRIDE": 16, "EMA_DECAY": 0.9,
 }  # fmt: skip
+EXPERTS = ALL | {"MOE_ENABLED": 1, "MOE_TOP_K": 2, "MOE_START_FRACTION": 0.5}
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     ("packing", "dtype", "knobs", "training"),
-    [(0, "float32", {}, 2), (1, "bfloat16", {}, 3), (0, "bfloat16", ALL, 3), (1, "float32", ALL, 3)],
-    ids=["plain", "documents", "everything", "everything in documents"],
-)
+    [
+        (0, "float32", {}, 2), (1, "bfloat16", {}, 3), (0, "bfloat16", ALL, 3), (1, "float32", ALL, 3),
+        (0, "float32", EXPERTS, 7),
+    ],
+    ids=["plain", "documents", "everything", "everything in documents", "experts"],
+)  # fmt: skip
 def test_no_graph_is_made_after_warm_up(tmp_path, data, monkeypatch, packing, dtype, knobs, training):
     """One graph for the block of all layers, one for the loss, and the same again without gradients.
 
     The quantiser makes one more block of training, documents in bfloat16 one for their tiles, Muon one for
-    each shape of its matrices, of which the tiny model has four. Loops, validation, sliding windows, the
-    loaded artifact, documents in any number, and what the schedule changes make none. Counted with Dynamo
-    alone, which decides graphs and guards; the run counts by itself too.
+    each shape of its matrices, of which the tiny model has four. Experts make one more block for each of
+    these, with and without the quantiser, and in training one more while a token takes one more. Loops,
+    validation, sliding windows, the loaded artifact, documents in any number, and what the schedule changes
+    make none. Counted with Dynamo alone, which decides graphs and guards; the run counts by itself too.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(train_gpt.World, "compiles_updates", True)  # as on a GPU
@@ -97,7 +102,9 @@ def test_no_graph_is_made_after_warm_up(tmp_path, data, monkeypatch, packing, dt
     run = run_here(
         tmp_path, data, COMPILE=1, DTYPE=dtype, DOC_PACKING=packing, VAL_MAX_TOKENS=1500, **sizes, **knobs
     )
-    assert made == {"training": training + 4, "all": training + 4 + 2}
+    kinds, through = 1 + ("MOE_ENABLED" in knobs), "LATE_QAT_THRESHOLD" in knobs
+    evaluation = 1 + kinds * (1 + through)  # the loss, and blocks; validation looks through the quantiser
+    assert made == {"training": training + 4, "all": training + 4 + evaluation}
     assert graphs() == made["all"]
     told = {"graphs": graphs(), "graphs_after_warmup": graphs(), "mode": "default", "fallback": ""}
     assert run.results["compile"] == told | {"cache": "cold"}

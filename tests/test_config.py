@@ -309,7 +309,7 @@ BOUND = {  # by a rule that spans knobs
     "TRAIN_BATCH_TOKENS", "TRAIN_SPANS", "TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SCORE", "RESUME",
     "SAMPLE", "ROPE_DIMS", "ROPE_YARN", "GATE_WINDOW", "VE_LAYERS", "BIGRAM_VOCAB_SIZE",
     "PARALLEL_START_LAYER", "TURBO_QUANT_TRAIN", "TURBO_QUANT_EXPORT", "TERNARY_GROUP",
-    "HEAD_LR_MULT", "MOE_ENABLED", "MOE_TOP_K", "MATRIX_OPTIMIZER",
+    "MOE_ENABLED", "MOE_NUM_EXPERTS", "MOE_TOP_K", "MOE_LAYER_FRAC", "MATRIX_OPTIMIZER", "HEAD_LR_MULT",
 }  # fmt: skip
 FREE = sorted(set(KNOBS) - BOUND)
 
@@ -326,9 +326,9 @@ def environments(draw) -> dict[str, str]:
     sizes |= {"GATE_WINDOW": draw(st.integers(1, 2)), "VE_LAYERS": draw(st.sampled_from(["", "1", "0, 5"]))}
     sizes |= {"PARALLEL_START_LAYER": draw(st.sampled_from([0, sizes["NUM_LAYERS"] - 1]))}
     sizes |= {"ROPE_DIMS": 2 * draw(st.integers(0, pairs)), "BIGRAM_VOCAB_SIZE": 2 * draw(st.integers(0, 9))}
-    moe, turbo = draw(st.integers(0, 1)), draw(st.integers(0, 1))
-    sizes |= {"MOE_ENABLED": moe, "MOE_TOP_K": 1, "HEAD_LR_MULT": draw(st.sampled_from([0.9, 2.0]))}
-    sizes |= {"MOE_LAYER_FRAC": 0.5} if moe else {"MATRIX_OPTIMIZER": "adamw"}
+    sizes |= {"MOE_ENABLED": draw(st.integers(0, 1)), "MOE_TOP_K": draw(st.integers(1, 3))}
+    sizes |= {"MATRIX_OPTIMIZER": "muon" if sizes["MOE_ENABLED"] else "adamw", "HEAD_LR_MULT": 0.95}
+    turbo = draw(st.integers(0, 1))
     sizes |= {"TURBO_QUANT_TRAIN": turbo, "TURBO_QUANT_EXPORT": turbo}
     sizes |= {"TERNARY_GROUP": draw(st.sampled_from([1, 64] if turbo else [1, 96]))}
     return env | texts(sizes) | {"MLP_MULT": repr(draw(st.floats(1, 8)))}

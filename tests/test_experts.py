@@ -245,6 +245,7 @@ def test_forward_leaves_nothing_on_modules():
     model = scrambled(cfg)
     before = {path: {n: id(v) for n, v in vars(m).items()} for path, m in model.named_modules()}
     objective(model, batch_of(cfg), at(0.5, 1), cfg)[0].backward()
+    nats(model, *(tokens_of(1, 32, cfg),) * 2)
     assert {path: {n: id(v) for n, v in vars(m).items()} for path, m in model.named_modules()} == before
     assert not model.shares.requires_grad
 
@@ -613,6 +614,17 @@ FULL_RUN = {
     "DOC_PACKING": 1, "EMA_DECAY": 0.9, "MUON_WD": 0.1, "MOE_TOP_K": 2, "MOE_START_FRACTION": 0.5,
     "ITERATIONS": 6, "VAL_LOSS_EVERY": 2, "CHECKPOINT_EVERY": 1e-6,
 }  # fmt: skip
+
+
+def test_validation_during_training_scores_experts_as_they_ship(tmp_path, toy_data, monkeypatch):
+    """Training is at 0, 1/2 and 1 of the way; loops and quantiser are as trained so far."""
+    seen, real = [], train_gpt.score_windows
+    monkeypatch.setattr(train_gpt, "score_windows", lambda *args: seen.append(args[5]) or real(*args))
+    knobs = {"ITERATIONS": 4, "VAL_LOSS_EVERY": 1, "MOE_START_FRACTION": 0.5, "MATRIX_CODEC": "ternary"}
+    run = run_here(tmp_path, toy_data, **ON, **knobs)
+    assert len(run.losses) == 4 and len(seen) == 4 + 2
+    assert {(phase.routing, phase.extra) for phase in seen} == {(1.0, 0)}
+    assert [phase.qat for phase in seen] == [True] * 4 + [False] * 2
 
 
 def test_run_with_experts_warms_up_without_trace_and_resumes_as_if_never_stopped(tmp_path, toy_data):

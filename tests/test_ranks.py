@@ -51,6 +51,11 @@ VARIANTS = {
     "record": HALVES | RECORD,
     "halves": HALVES | {"EMA_DECAY": 0.9, "GRAD_CLIP_NORM": 0.3},
     "documents": {"DOC_PACKING": 1, "SLIDING_WINDOW_ENABLED": 1, "SCORE": "sliding", "VAL_MAX_TOKENS": 500},
+    "ternary experts": {
+        "MOE_ENABLED": 1, "MATRIX_CODEC": "ternary", "MUON_WD": 0.1, "MOE_START_FRACTION": 0.5,
+        "MOE_ROUTER_AUX_LOSS_COEF": 0.01, "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1,
+        "EMA_DECAY": 0.9,
+    },
 }
 
 

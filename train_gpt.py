@@ -5195,12 +5195,13 @@ def gather_hessians(
 class Pace:
     """Of pieces of work: whether the clock leaves time for one more like the slowest.
 
-    `until` is the end in seconds of this rank's clock, else the cap; `slowest` what is known beforehand.
+    `until` is the end in seconds of this rank's clock; without it that is the cap.
     """
 
-    def __init__(self, clock: Clock | None, world: World, until: float = 0.0, slowest: float = 0.0) -> None:
-        self.clock, self.world, self.slowest = clock, world, slowest
-        self.until = (until or clock.cfg.budget.seconds or math.inf) if clock else math.inf
+    def __init__(self, clock: Clock | None, world: World, until: float | None = None) -> None:
+        self.clock, self.world, self.slowest, self.until = clock, world, 0.0, until
+        if until is None:
+            self.until = (clock.cfg.budget.seconds if clock else 0.0) or math.inf
         self.begin()
 
     def begin(self) -> None:

@@ -384,6 +384,10 @@ class ExportConfig:
 
     matrix_codec: str = knob("MATRIX_CODEC", "int", "matrices: int of MATRIX_BITS, ternary, fp8 or fp4",
                              choices=("int", "ternary", "fp8", "fp4"))
+    own_attn: str = knob("ATTN_CODEC", "", "the same for attention alone; empty = MATRIX_CODEC",
+                         choices=("", "int", "ternary", "fp8", "fp4"))
+    own_mlp: str = knob("MLP_CODEC", "", "the same for the MLP alone; empty = MATRIX_CODEC",
+                        choices=("", "int", "ternary", "fp8", "fp4"))
     matrix_bits: int = knob("MATRIX_BITS", 8, "bits of integer matrices; 16 = float16",
                             choices=(5, 6, 7, 8, 16))
     embed_codec: str = knob("EMBED_CODEC", "int", "the same for embedding and head, int of EMBED_BITS",
@@ -394,24 +398,65 @@ class ExportConfig:
                               tiny=16)
     ternary_step: float = knob("TERNARY_SCALE_STEP", 0.0, "ternary scales are powers of 1 + this; 0: float16",
                                within=(0.0, 0.5))
+    turbo_train: bool = knob("TURBO_QUANT_TRAIN", False, "turn each ternary group by a Hadamard matrix "
+                             "before it is rounded, and back after")
+    turbo_export: bool = knob("TURBO_QUANT_EXPORT", False, "the same in the artifact; as TURBO_QUANT_TRAIN")
     clip_percentile: float = knob("INT8_CLIP_PERCENTILE", 100.0, "where a row is clipped; 100 = its maximum",
                                   within=(50.0, 100.0), on=99.5)
     scale_floor: float = knob("ROW_SCALE_FLOOR", 0.0, "least quantisation step; naive baseline 1/127",
                               within=(0.0, 1.0))
 
+    @property
+    def attn_codec(self) -> str:
+        return self.own_attn or self.matrix_codec
+
+    @property
+    def mlp_codec(self) -> str:
+        return self.own_mlp or self.matrix_codec
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        return self.attn_codec, self.mlp_codec, self.embed_codec
+
+    def rules(self) -> list[tuple[bool, str]]:
+        turbo, group = (self.turbo_train, self.turbo_export), self.ternary_group
+        return [
+            (
+                turbo[0] == turbo[1],
+                f"TURBO_QUANT_TRAIN={turbo[0]:d}, TURBO_QUANT_EXPORT={turbo[1]:d}: what is trained would not "
+                f"be what ships; set them alike",
+            ),
+            (
+                not turbo[0] or group.bit_count() == 1,
+                f"TURBO_QUANT_TRAIN=1 wants a power of two, not TERNARY_GROUP={group}",
+            ),
+        ]
+
 
 @dataclass(frozen=True)
 class TernaryConfig:
-    """How ternary matrices become so: each may have a threshold and a scale multiplier found by search."""
+    """How ternary matrices become so, in training and by search; the artifact needs none of it."""
 
     threshold_search: bool = knob("TERNARY_THRESHOLD_SEARCH", False, "search the threshold of each ternary "
                                   "matrix, half of the scale otherwise")
     scale_search: bool = knob("TERNARY_SCALE_SEARCH", False, "search a multiplier of its scales")
+    as_trained: bool = knob("TERNARY_QAT", False, "no search: ship what was trained through")
+    noise: float = knob("TERNARY_NOISE_SCALE", 0.0, "noise on ternary weights in training, in units of "
+                        "their scale; SKC 0.02 to 0.05", within=(0.0, 1.0), on=0.05)
+    clip_mode: str = knob("TERNARY_CLIP_MODE", "none", "clip ternary, fp8 and fp4 matrices where that lowers "
+                          "their error: at percentiles, or at standard deviations of a row",
+                          choices=("none", "percentile", "row_std"))
+    clip_count: int = knob("GPTQ_LITE_PERCENTILES", 5, "so many percentiles are tried, 99.5, 99.6 and so on",
+                           within=(1, 5))
+    clip_rows: float = knob("TERNARY_CLIP_ROWS_K", 12.85, "standard deviations tried by row_std",
+                            within=(0.1, 1000.0))
+    clip_embed: float = knob("TERNARY_EMBED_CLIP_ROWS_K", 20.0, "the same for embedding and head",
+                             within=(0.1, 1000.0))
 
     @property
     def calibrates(self) -> bool:
         """Whether a threshold or a multiplier may differ from the plain one."""
-        return self.threshold_search or self.scale_search
+        return (self.threshold_search or self.scale_search) and not self.as_trained
 
 
 @dataclass(frozen=True)
@@ -549,8 +594,9 @@ class Config:
     @property
     def qat_from_start(self) -> bool:
         """Ternary weights that were not trained as such are noise; integers are found after training too."""
-        ternary = "ternary" in (self.export.matrix_codec, self.export.embed_codec)
-        alone = self.schedule.qat == "auto" and ternary and self.schedule.late_qat == 0
+        alone = (
+            self.schedule.qat == "auto" and "ternary" in self.export.codecs and self.schedule.late_qat == 0
+        )
         return self.schedule.qat == "1" or alone
 
     @property
@@ -584,7 +630,8 @@ class Config:
     def check(self) -> None:
         """Rules that span knobs, a line each. Raises UserError naming the first that is broken."""
         ladder_rungs(self.size.ladder)
-        rules = [*self.shape_rules(), *self.feature_rules(), *self.run_rules(), *choice_rules(self)]
+        rules = [*self.shape_rules(), *self.feature_rules(), *self.run_rules()]
+        rules += [*self.export.rules(), *choice_rules(self)]
         for holds, text in rules:
             if not holds:
                 raise UserError(text)
@@ -662,7 +709,7 @@ class Config:
 
 @of_config
 def has_ternary(cfg: Config) -> bool:
-    return "ternary" in (cfg.export.matrix_codec, cfg.export.embed_codec)
+    return "ternary" in cfg.export.codecs
 
 
 @of_config
@@ -757,16 +804,33 @@ ALIASES = {
     "GATE_WIDTH": "GATE_WINDOW",
     "CONTROL_TENSOR_NAME_PATTERNS": "refused: each parameter names its optimizer and codec where it is made",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "refused: each parameter names its codec where it is made",
+    "GPTQ_LITE_ENABLED": "TERNARY_CLIP_MODE",  # this and the next two: SKC (pull request 1609)
+    "TERNARY_COMPRESS_BROTLI": "COMPRESSOR",
+    "EXPORT_MODE": "MATRIX_CODEC",
     "TURBO_QUANT_KV": "refused: there is no key/value cache to quantise",
     "WEIGHT_SHARING": "refused: abandoned; NUM_LOOPS shares weights in depth",
     "INSIDE_OUT_TRAINING": "refused: abandoned, it gained nothing in its own ablation",
     "DEQ_FEEDBACK": "refused: abandoned, it gained nothing in its own ablation",
 }
-# Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix.
-VALUE_ALIASES = {("COMPRESSOR", "pergroup"): "auto"}
+# Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix, and SKC's
+# modes, which all ship ternary matrices and differ in whether brotli is tried; "gptq" is no GPTQ there.
+VALUE_ALIASES = {
+    ("COMPRESSOR", "pergroup"): "auto",
+    ("COMPRESSOR", "1"): "auto",
+    ("COMPRESSOR", "0"): "lzma",
+    ("TERNARY_CLIP_MODE", "1"): "percentile",
+    ("TERNARY_CLIP_MODE", "0"): "none",
+    ("MATRIX_CODEC", "ternary_lzma"): "ternary",
+    ("MATRIX_CODEC", "competition_ternary"): "ternary",
+    ("MATRIX_CODEC", "competition_gptq"): "ternary",
+}
 # Published names from which the value of others follows.
 DERIVING = ("DATA_DIR", "EMA_ENABLED", "EMA_EVAL_APPLY")
-WITHOUT_EFFECT = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # published, read by no script
+WITHOUT_EFFECT = {  # published, accepted -> why they do nothing
+    "PHASED_TTT_ENABLED": "no published script reads it",
+    "ROPE_TRAIN_SEQ_LEN": "no published script reads it",
+    "LZMA_PRESET": "lzma, where it is tried, always works at its hardest",
+}
 TRUTH = {
     "0": False,
     "1": True,
@@ -888,7 +952,7 @@ def parse(text: str, kind: type) -> object:
 def allowed(f: dataclasses.Field) -> str:
     low, high = f.metadata["within"]
     if f.metadata["choices"]:
-        return " or ".join(str(c) for c in f.metadata["choices"])
+        return " or ".join(shown(c) for c in f.metadata["choices"])
     if isinstance(f.default, bool):
         return "0 or 1"
     kind = {int: "a whole number", float: "a number", str: "text"}[type(f.default)]
@@ -929,9 +993,7 @@ def near_misses(env: dict[str, str]) -> list[str]:
     known = [*all_knobs(), *ALIASES, *DERIVING, *WITHOUT_EFFECT]
     families = {name.split("_")[0] for name in known if "_" in name} - {"ENABLE", "MAX", "RUN"}
     lines = [
-        f"{name} is accepted but has no effect: no published script reads it"
-        for name in WITHOUT_EFFECT
-        if name in env
+        f"{name} is accepted but has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in env
     ]
     for name in sorted(set(env) - set(known)):
         close = [k for k in known if one_edit_apart(name, k)] or difflib.get_close_matches(
@@ -1023,6 +1085,7 @@ class Phase(NamedTuple):
     loops: int  # extra visits of the looped layers
     qat: bool  # weights pass through their codec
     decay: float = 1.0  # multiplies Muon's weight decay
+    noise: object = None  # the step as a tensor (), where ternary weights are trained under noise
     averages: bool = True  # the average of the weights follows them, where there is one
 
 
@@ -1067,7 +1130,7 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     qat = cfg.qat_from_start or lr < cfg.schedule.late_qat
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
     averages = fraction(at, cfg) >= cfg.optim.ema_start
-    return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay, averages)
+    return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay, averages=averages)
 
 
 def final_phase(cfg: Config) -> Phase:
@@ -3115,25 +3178,40 @@ class Ternary:
     the scale or more is not zero. With log_step > 0 the scale that ships is a power of 1 + log_step,
     stored as the row's mean exponent and what differs from it: about 5 bits instead of 11. A grid (2,)
     holds other numbers than the half and 1, by which the scale is multiplied before it ships, for the
-    whole tensor (SKC notes 2.1); trits and scales are all that decoding needs.
+    whole tensor (SKC notes 2.1); trits and scales are all that decoding needs. Rotated groups are turned
+    by a Hadamard matrix first and back after decoding (2.3); their filling is turned with them and ships.
     """
 
     group: int = 128
     log_step: float = 0.0
+    rotated: bool = False
 
     @property
     def name(self) -> str:
-        return f"ternary{self.group}" + (f"log{self.log_step}" if self.log_step else "")
+        log = f"log{self.log_step}" if self.log_step else ""
+        return f"ternary{self.group}{'rotated' if self.rotated else ''}{log}"
+
+    def grouped(self, shape: Shape) -> tuple[int, int, int]:
+        """(R,G,g): rows, groups of a row, entries of a group; the last may be shorter."""
+        rows, cols = row_shape(shape)
+        return rows, -(-cols // self.group), self.group
+
+    def trits(self, shape: Shape) -> int:
+        """Of a row, as many as ship."""
+        return math.prod(self.grouped(shape)[1:]) if self.rotated else shape[-1]
 
     def groups(self, rows: Tensor) -> Tensor:
         """(R,C) -> (R,G,g), the last group filled with zeros."""
         return F.pad(rows, (0, -rows.shape[1] % self.group)).view(len(rows), -1, self.group)
 
-    def parts(self, rows: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def parts(
+        self, rows: Tensor, grid: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(R,C) -> trits (R,G,g) and scales (R,G), which a power of 1 + log_step may still replace."""
-        z = self.groups(rows)
-        real = self.groups(torch.ones_like(rows[:1])).sum(2)  # entries of each group, without the filling
+        z = hadamard(self.groups(rows)) if self.rotated else self.groups(rows)
+        real = self.group if self.rotated else self.groups(torch.ones_like(rows[:1])).sum(2)  # no filling
         scale = (z.abs().sum(2) / real).half().float().clamp_min(2.0**-14)
+        z = z if noise is None else z + noise * scale[..., None]
         least = 0.5 if grid is None else grid[0]
         q = torch.where(z.abs() / scale[..., None] >= least, z.sign(), 0.0) + 0.0
         return q, scale if grid is None else (scale * grid[1]).half().float().clamp_min(2.0**-14)
@@ -3151,16 +3229,21 @@ class Ternary:
     def shipped(self, scale: Tensor) -> Tensor:
         return self.power(sum(self.exponents(scale))) if self.log_step else scale
 
-    def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
+    def joined(self, q: Tensor, scale: Tensor, cols: int) -> Tensor:
+        """Trits (R,G,g) and scales (R,G) -> weights (R,C)."""
+        z = q * scale[..., None]
+        return (hadamard(z) if self.rotated else z).flatten(1)[:, :cols]
+
+    def fake_quant(self, w: Tensor, grid: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """`noise` (R,G,g) moves entries by so many scales before they are rounded, outside the gradient."""
         rows = as_rows_of(w)
-        q, scale = self.parts(rows, grid)
-        quantised = (q * self.shipped(scale)[..., None]).flatten(1)[:, : rows.shape[1]]
+        q, scale = self.parts(rows, grid, noise)
+        quantised = self.joined(q, self.shipped(scale), rows.shape[1])
         return through(w, quantised.reshape(w.shape).to(w.dtype))
 
     def encode(self, w: Tensor, hessian: Tensor | None = None, grid: Tensor | None = None) -> Streams:
-        rows = as_rows_of(w)
-        q, scale = self.parts(rows, grid)
-        trits = {"ternary.q": stream(q.flatten(1)[:, : rows.shape[1]])}
+        q, scale = self.parts(as_rows_of(w), grid)
+        trits = {"ternary.q": stream(q.flatten(1)[:, : self.trits(tuple(w.shape))])}
         if not self.log_step:
             return trits | {"ternary.scale": stream(scale, torch.half)}
         mean, rest = self.exponents(scale)
@@ -3168,17 +3251,17 @@ class Ternary:
 
     def decode(self, streams: Streams, shape: Shape) -> Tensor:
         rows, cols = row_shape(shape)
-        q = self.groups(unstream(streams["ternary.q"]).view(rows, cols))
+        q = self.groups(unstream(streams["ternary.q"]).view(rows, -1))
         if self.log_step:
             mean = unstream(streams["ternary.mean"])[:, None]
             scale = self.power(mean + unstream(streams["ternary.rest"]).view(rows, -1))
         else:
             scale = unstream(streams["ternary.scale"]).view(rows, -1)
-        return (q * scale[..., None]).flatten(1)[:, :cols].reshape(shape)
+        return self.joined(q, scale, cols).reshape(shape)
 
     def planes(self, shape: Shape) -> dict[str, Plane]:
-        rows, cols = row_shape(shape)
-        groups, trits = -(-cols // self.group), {"ternary.q": Plane(rows, cols, -1, 1)}
+        rows, groups, _ = self.grouped(shape)
+        trits = {"ternary.q": Plane(rows, self.trits(shape), -1, 1)}
         if not self.log_step:
             return trits | {"ternary.scale": Plane(rows, groups)}
         return trits | {
@@ -3188,8 +3271,21 @@ class Ternary:
 
     def bits(self, shape: Shape) -> float:
         """Expected size: 1.585 a trit (a third of them are zeros: full entropy), 11 or about 5 a scale."""
-        rows, cols = row_shape(shape)
-        return 1.585 * rows * cols + (5.0 if self.log_step else 11.0) * rows * -(-cols // self.group)
+        rows, groups, _ = self.grouped(shape)
+        return 1.585 * rows * self.trits(shape) + (5.0 if self.log_step else 11.0) * rows * groups
+
+
+def hadamard(z: Tensor) -> Tensor:
+    """(...,g) -> z H / sqrt(g), H Sylvester's Hadamard matrix, g a power of two; its own inverse.
+
+    Sums and differences of pairs at distance 1, 2, 4, ..., which round alike on any device, then one factor.
+    """
+    size, apart = z.shape[-1], 1
+    while apart < size:
+        a, b = z.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        z = torch.stack([a + b, a - b], -2).flatten(-3)
+        apart *= 2
+    return z * size**-0.5
 
 
 def row_scale(rows: Tensor) -> Tensor:
@@ -3755,28 +3851,24 @@ def norm(x: Tensor) -> Tensor:
 def matrix_tag(kind: str, cfg: Config) -> Tag:
     """How the matrices of a mixer ("attn") or a feed-forward ("mlp") ship."""
     sigmas = (cfg.gptq.attn_sigmas if kind == "attn" else cfg.gptq.mlp_sigmas) or cfg.gptq.matrix_sigmas
-    return Tag(matrix_codec(sigmas, cfg), "muon", kind)
-
-
-def matrix_codec(sigmas: float, cfg: Config) -> Codec:
-    if cfg.export.matrix_codec == "ternary":
-        return Ternary(cfg.export.ternary_group, cfg.export.ternary_step)
-    if cfg.export.matrix_codec == "fp8":
-        return Fp8()
-    if cfg.export.matrix_codec == "fp4":
-        return Fp4()
-    return integer_codec(cfg.export.matrix_bits, sigmas, cfg)
+    name = cfg.export.attn_codec if kind == "attn" else cfg.export.mlp_codec
+    return Tag(codec_named(name, cfg.export.matrix_bits, sigmas, cfg), "muon", kind)
 
 
 def embed_codec(cfg: Config) -> Codec:
     """Of the embedding and of a head of its own."""
-    if cfg.export.embed_codec == "ternary":
-        return Ternary(cfg.export.ternary_group, cfg.export.ternary_step)
-    if cfg.export.embed_codec == "fp8":
+    return codec_named(cfg.export.embed_codec, cfg.export.embed_bits, cfg.gptq.embed_sigmas, cfg)
+
+
+def codec_named(name: str, bits: int, sigmas: float, cfg: Config) -> Codec:
+    """The one place where a codec's name becomes a codec; bits and sigmas are those of integers."""
+    if "ternary" in cfg.export.codecs and name == "ternary":
+        return Ternary(cfg.export.ternary_group, cfg.export.ternary_step, cfg.export.turbo_train)
+    if "fp8" in cfg.export.codecs and name == "fp8":
         return Fp8()
-    if cfg.export.embed_codec == "fp4":
+    if "fp4" in cfg.export.codecs and name == "fp4":
         return Fp4()
-    return integer_codec(cfg.export.embed_bits, cfg.gptq.embed_sigmas, cfg)
+    return integer_codec(bits, sigmas, cfg)
 
 
 def integer_codec(bits: int, sigmas: float, cfg: Config) -> Codec:
@@ -3813,16 +3905,53 @@ class Weighted(nn.Module):
     """A module of one weight with one tag. Quantisation-aware training and export meet here and only here.
 
     `grid` (2,) is what the codec of a calibrated ternary weight reads: threshold and multiplier. A buffer, so
-    that compiled graphs see what is written into it; the artifact has no need of it.
+    that compiled graphs see what is written into it; the artifact has no need of it. `jitter` is the noise
+    under which a ternary weight is trained.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("grid", None, persistent=False)
+        self.register_module("jitter", None)
 
     def effective(self, phase: Phase) -> Tensor:
-        """The weight, or what the artifact will hold of it."""
-        return self.tags["weight"].codec.fake_quant(self.weight, self.grid) if phase.qat else self.weight
+        """The weight, or what the artifact will hold of it; in training perhaps that of its neighbour."""
+        if not phase.qat:
+            return self.weight
+        if self.jitter is not None and phase.noise is not None and torch.is_grad_enabled():
+            noise = self.jitter(phase.noise)
+            return self.tags["weight"].codec.fake_quant(self.weight, self.grid, noise)
+        return self.tags["weight"].codec.fake_quant(self.weight, self.grid)
+
+
+class Jitter(nn.Module):
+    """Gaussian noise for one weight, made anew from a counter in every forward.
+
+    So it needs no memory, is the same for every micro-batch and rank of a step, another for each step and
+    weight, and a resumed run meets it again. The key is a buffer: as a number it would be a graph a layer.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], std: float, key: int) -> None:
+        super().__init__()
+        self.shape, self.std = shape, std
+        self.register_buffer("key", torch.tensor(key % 2**32), persistent=False)
+
+    def forward(self, step: Tensor) -> Tensor:  # () int64 -> shape
+        """Pairs of normal numbers by Box and Muller (1958)."""
+        count = math.prod(self.shape)
+        key = mixed(self.key ^ mixed(step & 0xFFFFFFFF))
+        one = mixed(torch.arange(-(-count // 2), device=step.device) ^ key)
+        two = mixed(one + 0x3C6EF372 & 0xFFFFFFFF)
+        radius = ((one.float() + 1.0) * 2.0**-32).log().mul(-2.0).clamp_min(0.0).sqrt() * self.std
+        angle = two.float() * (2.0 * math.pi * 2.0**-32)
+        return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].view(self.shape)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """32 bits in int64 -> 32 bits that look random; a bijection (constants of hash-prospector, Wellons)."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x735A2D97 & 0xFFFFFFFF
+    return x ^ (x >> 15)
 
 
 def gain(p: Tensor, phase: Phase) -> Tensor:
@@ -4382,15 +4511,19 @@ def make_model(cfg: Config, world: World) -> GPT:
     if cfg.model.init == "orthogonal":
         start_orthogonal(model)
     if cfg.ternary.calibrates:
-        open_grids(model)
+        for m in ternary_modules(model):
+            m.grid = torch.tensor([0.5, 1.0])  # which changes nothing yet
+    if cfg.ternary.noise:
+        for i, m in enumerate(ternary_modules(model)):
+            shape = m.tags["weight"].codec.grouped(tuple(m.weight.shape))
+            m.jitter = Jitter(shape, cfg.ternary.noise, cfg.budget.seed * 1_000_003 + i)
     return model.to(world.device)
 
 
-def open_grids(model: nn.Module) -> None:
-    """Give every ternary weight a grid of its own, which changes nothing yet."""
-    for m in model.modules():
-        if isinstance(m, Weighted) and isinstance(m.tags["weight"].codec, Ternary):
-            m.grid = torch.tensor([0.5, 1.0])
+def ternary_modules(model: nn.Module) -> list[Weighted]:
+    """Whose weight ships as trits, in order of declaration."""
+    weighted = (m for m in model.modules() if isinstance(m, Weighted))
+    return [m for m in weighted if isinstance(m.tags["weight"].codec, Ternary)]
 
 
 def grids_of(model: nn.Module) -> dict[str, Tensor]:
@@ -5192,6 +5325,54 @@ def gather_hessians(
     return {name: world.sum_(tap.total) for name, tap in taps.items()}
 
 
+@torch.no_grad()
+def clip_weights(model: GPT, cfg: Config, world: World) -> None:
+    """Clip each ternary, fp8 and fp4 matrix where its quantised form is closest to the weights as they were.
+
+    Published as "GPTQ-lite" (SKC notes 4.6), without anything of GPTQ. Rank 0 chooses for all. A limit
+    that gains nothing is not taken, so the squared error never grows.
+    """
+    params, tags, grids = dict(model.named_parameters()), param_tags(model), grids_of(model)
+    names = [n for n, tag in tags.items() if isinstance(tag.codec, Ternary | Fp8 | Fp4)]
+
+    def choose() -> dict[str, tuple[int, float, float]]:
+        found = {}
+        for name in names:
+            w, codec = params[name].detach(), tags[name].codec
+            tried = [w, *(clipped(w, limit) for limit in clip_limits(w, tags[name].kind, cfg))]
+            held = [codec.fake_quant(t, grids.get(name)) for t in tried]
+            errors = [float((q - w).double().square().sum()) for q in held]
+            found[name] = errors.index(min(errors)), errors[0], min(errors)
+        return found
+
+    chosen = world.share(choose)
+    for name, (best, _, _) in chosen.items():
+        if best:
+            limit = clip_limits(params[name].detach(), tags[name].kind, cfg)[best - 1]
+            params[name].copy_(clipped(params[name], limit))
+    before, after = (sum(row[i] for row in chosen.values()) for i in (1, 2))
+    world.log(
+        f"clip_search: mode:{cfg.ternary.clip_mode} matrices:{len(names)} "
+        f"clipped:{sum(row[0] > 0 for row in chosen.values())} error:{before:.6g} to {after:.6g}"
+    )
+
+
+def clip_limits(w: Tensor, kind: str, cfg: Config) -> list[Tensor]:
+    """Limits of |w| to try: one for each row, or for the whole matrix one for each percentile."""
+    rows = as_rows_of(w)
+    if cfg.ternary.clip_mode == "row_std":
+        k = cfg.ternary.clip_embed if kind == "embed" else cfg.ternary.clip_rows
+        return [k * rows.std(1, keepdim=True)] if rows.shape[1] > 1 else []
+    beyond = [int((0.005 - 0.001 * i) * rows.numel()) for i in range(cfg.ternary.clip_count)]
+    top = rows.abs().flatten().topk(beyond[0] + 1).values
+    return [top[n] for n in beyond]
+
+
+def clipped(w: Tensor, limit: Tensor) -> Tensor:
+    rows = w.reshape(-1, w.shape[-1])
+    return rows.clamp(-limit, limit).view(w.shape)
+
+
 class Pace:
     """Of pieces of work: whether the clock leaves time for one more like the slowest.
 
@@ -5477,7 +5658,7 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
     or gradient leaves weights, moments and averages untouched, decided on the device and alike on
     every rank.
     """
-    loss = torch.zeros((), device=t.world.device)
+    loss, phase = torch.zeros((), device=t.world.device), training_phase(t, phase)
     t.model.zero_grad(set_to_none=True)
     for batch in batches:
         total, terms = objective(t.model, batch, phase, t.cfg)
@@ -5495,11 +5676,18 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
     return torch.stack([loss, gradients.norm, ok.float()])
 
 
+def training_phase(t: Trainer, phase: Phase) -> Phase:
+    """With the step as a tensor where weights are trained under noise: as a number each would be a graph."""
+    if t.cfg.ternary.noise:
+        return phase._replace(noise=torch.full((), t.state.step, device=t.world.device))
+    return phase
+
+
 def try_graphs(t: Trainer) -> None:
     """Make every graph of training once, without a word to other ranks: none waits for one that cannot."""
     ok = torch.tensor(True, device=t.world.device)
     for phase in warm_phases(t.cfg):
-        objective(t.model, t.loader.batches(0)[0], phase, t.cfg)[0].backward()
+        objective(t.model, t.loader.batches(0)[0], training_phase(t, phase), t.cfg)[0].backward()
         t.world.journal.beat()
     with torch.no_grad():
         for stack in t.optimizer.muon.stacks:
@@ -5750,21 +5938,30 @@ def search(t: Trainer, origin: str, kept: float) -> None:
 
 
 def settle_weights(t: Trainer) -> None:
-    """Put into the model what ships: the weights, then the grids of ternary ones (SKC notes 4.1)."""
-    if not weighs(t.cfg) and not searches(t.cfg):
+    """Put into the model what ships: the weights, clipped, then the grids of ternary ones (SKC notes 4.1).
+
+    What reads text is on the training clock.
+    """
+    if weighs(t.cfg):
+        t.clock.start()
+        with t.world.journal.phase("choose"), t.clock.aside():
+            choose_weights(t)
+        t.clock.stop()
+    else:
         choose_weights(t)
-        return
-    t.clock.start()
-    with t.world.journal.phase("choose"), t.clock.aside():
-        choose_weights(t)
+    if t.cfg.ternary.clip_mode != "none":
+        clip_weights(t.model, t.cfg, t.world)
+        t.shipped["origin"] += ":clipped"
     if searches(t.cfg) and t.state.calibrated != t.shipped["origin"]:
+        t.clock.start()
         search(t, t.shipped["origin"], t.later)
-    t.clock.stop()
-    nats = " ".join(f"{name}:{value:.6f}" for name, value in t.shipped["nats"].items())
-    t.world.log(
-        f"shipped: weights:{t.shipped['weights']} of:{t.shipped['origin']} {nats} "
-        f"train_time:{t.clock.spent * 1000:.0f}ms"
-    )
+        t.clock.stop()
+    if weighs(t.cfg) or searches(t.cfg):
+        nats = "".join(f" {name}:{value:.6f}" for name, value in t.shipped["nats"].items())
+        t.world.log(
+            f"shipped: weights:{t.shipped['weights']} of:{t.shipped['origin']}{nats} "
+            f"train_time:{t.clock.spent * 1000:.0f}ms"
+        )
 
 
 def choose_weights(t: Trainer) -> None:
@@ -6245,10 +6442,12 @@ def coder_word(cfg: Config) -> str:
 
 @of_config
 def scheme(cfg: Config) -> str:
-    """The artifact's codec in score tags: int6_rans, ternary_rans, float16_brotli."""
+    """The matrices' codec in score tags: int6_rans, ternary_rans, float16_brotli, int8_ternary_rans."""
     integer = "float16" if cfg.export.matrix_bits == 16 else f"int{cfg.export.matrix_bits}"
-    codec = integer if cfg.export.matrix_codec == "int" else cfg.export.matrix_codec
-    return f"{codec}_{coder_word(cfg)}"
+    codecs = dict.fromkeys(
+        integer if name == "int" else name for name in (cfg.export.attn_codec, cfg.export.mlp_codec)
+    )
+    return "_".join([*codecs, coder_word(cfg)])
 
 
 # ======================================================================================

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -97,7 +98,8 @@ def test_choice_is_one_of_its_list(env):
     choices = KNOBS[env].metadata["choices"]
     assert [read_one(env, str(c)) for c in choices] == list(choices)
     other = str(max(choices) + 1) if type(choices[0]) is int else choices[0] + "x"
-    with pytest.raises(UserError, match=f"{env}='{other}' is not allowed; want {choices[0]} or "):
+    first = re.escape(train_gpt.shown(choices[0]))
+    with pytest.raises(UserError, match=f"{env}='{other}' is not allowed; want {first} or "):
         read_one(env, other)
 
 
@@ -194,11 +196,10 @@ def test_mistyped_knob_is_named_with_what_was_meant():
     assert train_gpt.near_misses({"MUON_COLOUR": "1"}) == ["MUON_COLOUR is not a knob; --knobs lists them"]
 
 
-def test_name_that_no_script_ever_read_is_accepted_with_a_warning():
+def test_name_that_changes_nothing_is_accepted_with_a_warning():
     for name in train_gpt.WITHOUT_EFFECT:
-        assert train_gpt.near_misses({name: "1"}) == [
-            f"{name} is accepted but has no effect: no published script reads it"
-        ]
+        (line,) = train_gpt.near_misses({name: "1"})
+        assert line.startswith(f"{name} is accepted but has no effect: ")
         assert read_config({name: "1"}) == Config()
 
 
@@ -253,6 +254,7 @@ BOUND = {  # by a rule that spans knobs
     "SAMPLE", "ROPE_DIMS", "ROPE_YARN", "GATE_WINDOW", "VE_LAYERS", "BIGRAM_VOCAB_SIZE",
     "PARALLEL_START_LAYER", "HELD_OUT_TOKENS", "EXPORT_ALIGNED_TRAIN", "TERNARY_THRESHOLD_LOW",
     "TERNARY_THRESHOLD_HIGH", "TERNARY_SCALE_MULT_LOW", "TERNARY_SCALE_MULT_HIGH",
+    "TURBO_QUANT_TRAIN", "TURBO_QUANT_EXPORT", "TERNARY_GROUP",
 }  # fmt: skip
 FREE = sorted(set(KNOBS) - BOUND)
 
@@ -269,6 +271,9 @@ def environments(draw) -> dict[str, str]:
     sizes |= {"GATE_WINDOW": draw(st.integers(1, 2)), "VE_LAYERS": draw(st.sampled_from(["", "1", "0, 5"]))}
     sizes |= {"PARALLEL_START_LAYER": draw(st.sampled_from([0, sizes["NUM_LAYERS"] - 1]))}
     sizes |= {"ROPE_DIMS": 2 * draw(st.integers(0, pairs)), "BIGRAM_VOCAB_SIZE": 2 * draw(st.integers(0, 9))}
+    turbo = draw(st.integers(0, 1))
+    sizes |= {"TURBO_QUANT_TRAIN": turbo, "TURBO_QUANT_EXPORT": turbo}
+    sizes |= {"TERNARY_GROUP": draw(st.sampled_from([1, 64] if turbo else [1, 96]))}
     return env | texts(sizes) | {"MLP_MULT": repr(draw(st.floats(1, 8)))}
 
 
@@ -411,5 +416,69 @@ def test_published_folder_leads_to_shards_and_tokenizer(env, data, tokenizer):
     assert (cfg.run.data, cfg.run.tokenizer) == (data, tokenizer)
 
 
-def test_published_values_that_we_call_otherwise():
-    assert read_config({"COMPRESSOR": "pergroup"}).size.compressor == "auto"
+@pytest.mark.parametrize(
+    ("published", "ours"),
+    [
+        ("COMPRESSOR=pergroup", "COMPRESSOR=auto"),
+        ("GPTQ_LITE_ENABLED=1", "TERNARY_CLIP_MODE=percentile"),
+        ("GPTQ_LITE_ENABLED=0", "TERNARY_CLIP_MODE=none"),
+        ("TERNARY_COMPRESS_BROTLI=1", "COMPRESSOR=auto"),
+        ("TERNARY_COMPRESS_BROTLI=0", "COMPRESSOR=lzma"),
+        *((f"EXPORT_MODE={m}", "MATRIX_CODEC=ternary") for m in
+          ("ternary_lzma", "competition_ternary", "competition_gptq")),
+        ("LZMA_PRESET=4", "COMPRESSOR=auto"),
+    ],
+)  # fmt: skip
+def test_published_values_that_we_call_otherwise(published, ours):
+    found, want = (read_config(dict([text.split("=")])) for text in (published, ours))
+    assert found == want
+
+
+def test_published_mode_that_is_another_is_refused():
+    with pytest.raises(UserError, match="MATRIX_CODEC='gptq' is not allowed; want int or ternary"):
+        read_config({"EXPORT_MODE": "gptq"})
+
+
+@pytest.mark.parametrize(("trained", "shipped"), [(0, 1), (1, 0)])
+def test_rotation_that_only_one_side_knows_is_refused_in_one_line(trained, shipped):
+    with pytest.raises(UserError) as caught:
+        read_config({"TURBO_QUANT_TRAIN": str(trained), "TURBO_QUANT_EXPORT": str(shipped)})
+    assert str(caught.value) == (
+        f"TURBO_QUANT_TRAIN={trained}, TURBO_QUANT_EXPORT={shipped}: what is trained would not be what "
+        f"ships; set them alike"
+    )
+
+
+def test_rotation_of_a_group_that_no_hadamard_matrix_fits_is_refused():
+    both = {"TURBO_QUANT_TRAIN": "1", "TURBO_QUANT_EXPORT": "1"}
+    with pytest.raises(UserError, match=r"^TURBO_QUANT_TRAIN=1 wants a power of two, not TERNARY_GROUP=96$"):
+        read_config(both | {"TERNARY_GROUP": "96"})
+    assert read_config(both | {"TERNARY_GROUP": "1"}).export.ternary_group == 1
+
+
+def test_codec_of_attention_and_mlp_is_that_of_matrices_unless_named():
+    def found(**env: str) -> tuple[str, ...]:
+        return read_config(env).export.codecs
+
+    assert found() == ("int", "int", "int")
+    assert found(MATRIX_CODEC="fp4") == ("fp4", "fp4", "int")
+    assert found(MATRIX_CODEC="fp4", ATTN_CODEC="int") == ("int", "fp4", "int")
+    assert found(MLP_CODEC="ternary", EMBED_CODEC="fp8") == ("int", "ternary", "fp8")
+
+
+@pytest.mark.parametrize("env", ["MATRIX_CODEC", "ATTN_CODEC", "MLP_CODEC", "EMBED_CODEC"])
+def test_any_ternary_codec_trains_through_the_quantiser_from_the_start(env):
+    assert read_config({env: "ternary"}).qat_from_start
+    assert not read_config({env: "fp8"}).qat_from_start
+    assert not read_config({env: "ternary", "QAT_ENABLED": "0"}).qat_from_start
+    assert not read_config({env: "ternary", "LATE_QAT_THRESHOLD": "0.5"}).qat_from_start
+
+
+def test_score_tags_name_every_codec_of_matrices():
+    def tag(**env: str) -> str:
+        return train_gpt.scheme(read_config(env))
+
+    assert tag() == "int8_rans"
+    assert tag(MATRIX_BITS="16", MLP_CODEC="fp8") == "float16_fp8_rans"
+    assert tag(MATRIX_CODEC="ternary", COMPRESSOR="lzma") == "ternary_lzma"
+    assert tag(MLP_CODEC="ternary", MATRIX_BITS="6") == "int6_ternary_rans"

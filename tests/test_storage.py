@@ -31,7 +31,8 @@ SIMPLE = [
     *(IntRow(b, s) for b, s in itertools.product((5, 6, 7, 8), (2.5, 12.85))),
 ]
 TERNARY = [Ternary(g, s) for g, s in itertools.product((1, 16, 128), (0.0, 0.02, 0.04))]
-CODECS = [*SIMPLE, *TERNARY, Fp8(), Fp4()]
+ROTATED = [Ternary(g, s, True) for g, s in itertools.product((1, 16, 128), (0.0, 0.04))]
+CODECS = [*SIMPLE, *TERNARY, *ROTATED, Fp8(), Fp4()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 shapes = st.one_of(
     st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 12), st.integers(1, 40)),
@@ -95,7 +96,7 @@ def test_odd_values_ship_as_they_were_trained_through(codec, w):
 def test_weights_beyond_float16_are_not_shipped_as_something_else():
     """Out of the codecs' range both sides say infinity or not a number: no wrong finite value slips in."""
     w = torch.tensor([[1e9, 1.0], [1.0, -2.0]])
-    for codec in (c for c in CODECS if c not in TERNARY):
+    for codec in (c for c in CODECS if not isinstance(c, Ternary)):
         live, shipped = codec.fake_quant(w), reload(codec, w)
         assert torch.equal(live.isfinite(), shipped.isfinite())
         assert not live[0, 0].isfinite()
@@ -107,6 +108,8 @@ def test_ternary_scales_beyond_float16_ship_as_they_were_trained_through():
     w = torch.tensor([[1e9, 1.0], [1.0, -2.0]])
     for codec in TERNARY:
         assert same_bits(codec.fake_quant(w), reload(codec, w))
+        grid = torch.tensor([0.4, 1.1])
+        assert same_bits(codec.fake_quant(w, grid), reload(codec, w, grid=grid))
 
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -116,7 +119,7 @@ COMPILERS = ("g++", "clang++", "c++")
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 @pytest.mark.parametrize(
     "codec",
-    [Half(), IntRow(6), IntRow(6, 12.85), Ternary(16), Ternary(16, 0.02), Fp8(), Fp4()],
+    [Half(), IntRow(6), IntRow(6, 12.85), Ternary(16), Ternary(16, 0.02), ROTATED[4], Fp8(), Fp4()],
     ids=lambda c: f"{c.name}-{getattr(c, 'sigmas', '')}",
 )
 def test_compiled_quantiser_gives_the_same_bits(codec):
@@ -199,6 +202,7 @@ def test_codecs_are_compared_by_value():
     assert [c.name for c in named] == [
         "half", "int6", "int8", "int6+lqer4g64b4", "ternary64", "ternary64log0.02", "fp8", "fp4",
     ]  # fmt: skip
+    assert Ternary(64, 0.02, True).name == "ternary64rotatedlog0.02"
 
 
 # ---- ternary
@@ -472,7 +476,9 @@ def test_what_gptq_ships_is_its_integers_times_the_step(seed, bits, cols):
 
 
 @pytest.mark.parametrize(
-    "codec", [Half(), IntRow(6), IntRow(8, 0.0, 60.0), IntRow(6, 3.0), *TERNARY[3:5], Fp8(), Fp4()], ids=repr
+    "codec",
+    [Half(), IntRow(6), IntRow(8, 0.0, 60.0), IntRow(6, 3.0), *TERNARY[3:5], *ROTATED[2:4], Fp8(), Fp4()],
+    ids=repr,
 )
 def test_gradient_passes_the_quantiser_unchanged(codec):
     """And its value is not touched: w + (q - w), the usual way, is not q where a weight was clipped far."""

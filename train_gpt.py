@@ -5853,20 +5853,20 @@ def end_training(t: Trainer) -> None:
 
 def keep_time(t: Trainer) -> None:
     """End the steps so much before the cap as what comes after them was measured to take."""
-    cfg, world, reserve = t.cfg, t.world, 0.0
-
-    def seconds_of(count: int) -> float:
-        return second_pass(lambda: round_trip(t.model, t.loader, count, cfg, world), world)
-
+    cfg, reserve = t.cfg, 0.0
     if cfg.gptq.on:
-        t.later = measured_reserve(t.model, t.loader, cfg, world)
+        t.later = measured_reserve(t.model, t.loader, cfg, t.world)
     if weighs(cfg) and cfg.budget.seconds > 0:
-        t.trip = seconds_of(cfg.proxy.tokens)
+        t.trip = trip_seconds(t, cfg.proxy.tokens)
         reserve += t.trip * (2 if cfg.optim.ema_on else 1)
     if searches(cfg) and cfg.budget.seconds > 0:
-        each = seconds_of(cfg.search.tokens)
+        each = trip_seconds(t, cfg.search.tokens)
         reserve += min(cfg.search.seconds, cfg.search.evals * each)
     t.clock.keep(reserve + t.later)
+
+
+def trip_seconds(t: Trainer, count: int) -> float:
+    return second_pass(lambda: round_trip(t.model, t.loader, count, t.cfg, t.world), t.world)
 
 
 def pace_of(t: Trainer, kept: float, most: float) -> Pace:
@@ -6015,10 +6015,8 @@ def take_step(t: Trainer, now: Progress) -> None:
     if t.cfg.loop.on and phase.loops and not t.looping:
         t.world.log(f"layer_loop:enabled step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
     t.looping = phase.loops > 0
-    if t.cfg.optim.ema_on and phase.averages and not t.state.averaging:
-        t.average.begin()
-        t.state.averaging = True
-        t.world.log(f"average:begun step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
+    if t.cfg.optim.ema_on and phase.averages:
+        begin_average(t, now)
     figures = train_step(t, t.loader.batches(t.state.step), phase)
     event = torch.cuda.Event() if figures.is_cuda else None
     host = figures.to("cpu", non_blocking=True)
@@ -6027,6 +6025,16 @@ def take_step(t: Trainer, now: Progress) -> None:
     t.reports.append(Report(t.state.step, phase, host, event))
     t.state.step += 1
     flush_reports(t, keep=1 if event is not None else 0)
+
+
+def begin_average(t: Trainer, now: Progress) -> None:
+    """Once: the average starts as the weights of this moment, before the step."""
+    if t.state.averaging:
+        return
+    t.average.begin()
+    t.state.averaging = True
+    if t.cfg.optim.ema_start > 0:
+        t.world.log(f"average:begun step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
 
 
 def flush_reports(t: Trainer, keep: int) -> None:

@@ -673,6 +673,22 @@ def test_search_is_not_repeated_for_the_same_weights(toy_data, monkeypatch):
     assert done == ["live:4", "live:4"]
 
 
+def test_weights_are_chosen_then_clipped_then_their_grids_searched(toy_data, monkeypatch):
+    """SKC notes 4.1; and clipped weights are others than those that were searched in training."""
+    done = []
+    t = trainer(toy_data, **ALIGN, **PROXY, TERNARY_CLIP_MODE="percentile")
+    t.state.calibrated = "live:0"
+    for name in ("choose_weights", "clip_weights", "search"):
+        real = getattr(train_gpt, name)
+        monkeypatch.setattr(
+            train_gpt, name, lambda *args, name=name, real=real: done.append(name) or real(*args)
+        )
+    settle_weights(t)
+    t.loader.close()
+    assert done == ["choose_weights", "clip_weights", "search"]
+    assert t.shipped["origin"] == t.shipped["search"]["weights"] == "live:0:clipped"
+
+
 def test_best_weights_bring_the_grids_they_had(toy_data):
     t = trainer(toy_data, **ALIGN, **PROXY)
     t.loader.close()

@@ -810,6 +810,7 @@ ALIASES = {
     "TURBO_QUANT_KV": "refused: there is no key/value cache to quantise",
     "WEIGHT_SHARING": "refused: abandoned; NUM_LOOPS shares weights in depth",
     "INSIDE_OUT_TRAINING": "refused: abandoned, it gained nothing in its own ablation",
+    "EXPORT_PROXY_EVERY_FRACTION": "refused: EXPORT_PROXY_EVERY counts steps",
     "DEQ_FEEDBACK": "refused: abandoned, it gained nothing in its own ablation",
 }
 # Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix, and SKC's
@@ -829,6 +830,9 @@ DERIVING = ("DATA_DIR", "EMA_ENABLED", "EMA_EVAL_APPLY")
 WITHOUT_EFFECT = {  # published, accepted -> why they do nothing
     "PHASED_TTT_ENABLED": "no published script reads it",
     "ROPE_TRAIN_SEQ_LEN": "no published script reads it",
+    "EXPORT_PROXY_NUM_SEQS": "no published script reads it",
+    "TERNARY_CALIB_DISTRIBUTED": "ranks always share the round trips of a search",
+    "FULL_TERNARY_CALIBRATION": "every ternary matrix has a threshold and a multiplier of its own",
     "LZMA_PRESET": "lzma, where it is tried, always works at its hardest",
 }
 TRUTH = {
@@ -5609,7 +5613,8 @@ class Trainer:
         self.best = Snapshot(model) if cfg.proxy.keeps else None
         self.state, self.shipped = TrainState(), {"weights": "live"}
         self.clock, self.looping = Clock(cfg, world, 0.0), False
-        self.trip, self.later = 0.0, 0.0  # seconds of a round trip, and of what comes when weights are chosen
+        # seconds of a round trip, of one of the search, and of what comes when weights are chosen
+        self.trip, self.each, self.later = 0.0, 0.0, 0.0
         if not FOLDED:
             self.graphs = 0  # made by the end of warm-up
         self.reports: deque[Report] = deque()
@@ -5859,9 +5864,9 @@ def keep_time(t: Trainer) -> None:
     if weighs(cfg) and cfg.budget.seconds > 0:
         t.trip = trip_seconds(t, cfg.proxy.tokens)
         reserve += t.trip * (2 if cfg.optim.ema_on else 1)
-    if searches(cfg) and cfg.budget.seconds > 0:
-        each = trip_seconds(t, cfg.search.tokens)
-        reserve += min(cfg.search.seconds, cfg.search.evals * each)
+    if searches(cfg):
+        t.each = trip_seconds(t, cfg.search.tokens)
+        reserve += min(cfg.search.seconds, cfg.search.evals * t.each)
     t.clock.keep(reserve + t.later)
 
 
@@ -5927,6 +5932,7 @@ def search(t: Trainer, origin: str, kept: float) -> None:
     """Search the grids of the weights in the model; `kept` seconds of the cap are for later."""
     with t.world.journal.phase("search"), t.clock.aside():
         pace = pace_of(t, kept, t.cfg.search.seconds)
+        pace.slowest = t.each  # nothing is begun for which there is no time
         found = search_grids(t.model, t.loader, t.cfg, t.world, pace)
     t.state.calibrated, t.shipped["search"] = origin, found | {"weights": origin}
     first, best = found["nats"]

@@ -93,18 +93,36 @@ def trained_on(cfg) -> list[int]:
     return found.tolist()
 
 
+def check_held_out(folder: Path, **knobs) -> None:
+    cfg = config(**marked_shards(folder, 301) | knobs)
+    loader = Loader(cfg, lone(), 1)
+    loader.close()
+    assert loader.held.tolist() == [MARK] * 301
+    assert loader.shards.total == 2200 - 301 and loader.shards.take(1890, 20).max() < MARK
+    ids = trained_on(cfg)
+    assert MARK not in ids and len(ids) > 2 * 2200
+
+
 @pytest.mark.parametrize("packing", [0, 1])
 @pytest.mark.parametrize("knobs", [PROXY, {"HELD_OUT_TOKENS": 301}], ids=["computed", "told"])
 def test_held_out_tokens_are_the_last_ones_and_never_trained_on(tmp_path, packing, knobs):
-    shared = marked_shards(tmp_path / "data", 301) | {"DOC_PACKING": packing}
-    cfg = config(**shared | knobs)
-    loader = Loader(cfg, lone(), 1)
-    assert loader.held.tolist() == [MARK] * 301
-    assert loader.shards.total == 2200 - 301 and loader.shards.take(1890, 20).max() < MARK
-    loader.close()
-    ids = trained_on(cfg)
-    assert MARK not in ids and len(ids) > 2 * 2200
-    assert MARK in trained_on(config(**shared)), "without a feature they are training text like any other"
+    check_held_out(tmp_path / "data", **knobs, DOC_PACKING=packing)
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_training_on_held_out_tokens_would_be_noticed(tmp_path, monkeypatch, packing):
+    """Planted: the loader's shards do not end before them."""
+    real = train_gpt.Shards.__init__
+
+    def whole(shards, folder, split, vocab, held=0):
+        real(shards, folder, split, vocab)
+        shards.held = held
+
+    monkeypatch.setattr(train_gpt.Shards, "__init__", whole)
+    with pytest.raises(AssertionError):
+        check_held_out(tmp_path / "data", **PROXY, DOC_PACKING=packing)
+    without = marked_shards(tmp_path / "other", 301) | {"DOC_PACKING": packing}
+    assert MARK in trained_on(config(**without))
 
 
 def test_what_is_held_out_follows_from_what_is_read():
@@ -624,6 +642,18 @@ def test_one_slow_round_trip_is_left_and_changes_nothing(toy_data, monkeypatch):
     assert found["cut"] and found["evals"] == 2 and spent <= 10
     assert all(grid.tolist() == [0.5, 1.0] for grid in grids_of(t.model).values())
     assert found["nats"][0] == found["nats"][1] < math.inf
+
+
+def test_search_begins_nothing_for_which_there_is_no_time(toy_data, monkeypatch):
+    """A round trip was measured to take 4 s in warm-up; 3 s are left."""
+    monkeypatch.setattr(train_gpt, "second_pass", lambda work, world: 4.0)
+    monkeypatch.setattr(train_gpt, "round_trip", None)
+    t = trainer(toy_data, **SEARCH, CALIB_MAX_SECONDS=3)
+    train_gpt.keep_time(t)
+    monkeypatch.undo()
+    settle_weights(t)
+    t.loader.close()
+    assert t.shipped["search"]["nats"] == [math.inf] * 2 and t.clock.spent < 1
 
 
 def test_search_never_passes_the_cap_of_training(toy_data, monkeypatch):

@@ -410,6 +410,11 @@ class OptimConfig:
     width_scaling: bool = knob("LR_WIDTH_SCALING", False, "MATRIX_LR times 512 / MODEL_DIM")
     ema_decay: float = knob("EMA_DECAY", 0.0, "average of the weights that is shipped; 0 = ship the weights",
                             within=(0.0, 0.999999), on=0.9)
+    ema_start: float = knob("EMA_START_FRACTION", 0.0, "share of the run before the average begins, as the "
+                            "weights of that moment", within=(0.0, 1.0), on=0.5)
+    ema_guard: str = knob("EMA_GUARD", "auto", "ship the average only where its round trip on held-out "
+                          "training text beats that of the weights; auto = with ternary weights",
+                          choices=("auto", "0", "1"))
 
     @property
     def ema_on(self) -> bool:
@@ -505,6 +510,54 @@ class TernaryConfig:
 
 
 @dataclass(frozen=True)
+class ProxyConfig:
+    """Which weights ship, by round trips on training text that is never trained on (SKC notes 2.17, 4.7)."""
+
+    held_out: int = knob("HELD_OUT_TOKENS", 0, "last tokens of the last training shard that are not trained "
+                         "on; 0 = as many as the choice of what ships reads", within=(0, None), on=2000)
+    on: bool = knob("EXPORT_PROXY_EVAL", False, "weigh the weights by a round trip through their codecs, in "
+                    "training and at its end")
+    every: int = knob("EXPORT_PROXY_EVERY", 300, "steps between round trips", within=(1, None), tiny=2)
+    tokens: int = knob("EXPORT_PROXY_TOKENS", 32768, "held-out tokens that a round trip reads",
+                       within=(1, None), tiny=300)
+    use_best: bool = knob("EXPORT_PROXY_USE_BEST", True, "ship the best weights so weighed, not the last")
+    align: bool = knob("EXPORT_ALIGNED_TRAIN", False, "search ternary thresholds and multipliers once in "
+                       "training too, and go on with them")
+    align_at: float = knob("EXPORT_ALIGNED_TRAIN_START_FRACTION", 0.8, "share of the run before that",
+                           within=(0.0, 1.0))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a copy of the best weights is kept."""
+        return self.on and self.use_best
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The search of ternary thresholds and multipliers, on held-out training text (SKC notes 4.5)."""
+
+    low: float = knob("TERNARY_THRESHOLD_LOW", 0.35, "least threshold tried, in scales", within=(0.0, 4.0))
+    high: float = knob("TERNARY_THRESHOLD_HIGH", 0.75, "greatest threshold tried", within=(0.0, 4.0))
+    steps: int = knob("TERNARY_THRESHOLD_STEPS", 4, "how many thresholds are tried", within=(1, 1000), tiny=2)
+    scale_low: float = knob("TERNARY_SCALE_MULT_LOW", 0.9, "least multiplier of scales tried",
+                            within=(0.01, 100.0))
+    scale_high: float = knob("TERNARY_SCALE_MULT_HIGH", 1.1, "greatest multiplier tried",
+                             within=(0.01, 100.0))
+    scale_steps: int = knob("TERNARY_SCALE_MULT_STEPS", 3, "how many multipliers are tried",
+                             within=(1, 1000), tiny=2)
+    top: int = knob("TERNARY_CALIB_TOP_N", 4, "matrices searched: those that a first try changes most",
+                    within=(1, None), tiny=2)
+    prefilter: int = knob("CALIB_PREFILTER_MULT", 2, "largest matrices that get a first try, times "
+                          "TERNARY_CALIB_TOP_N", within=(1, None))
+    candidates: int = knob("CALIB_MAX_CANDIDATES", 12, "most matrices that get one", within=(1, None))
+    evals: int = knob("CALIB_MAX_EVALS", 32, "most round trips of a search", within=(1, None))
+    seconds: float = knob("CALIB_MAX_SECONDS", 30.0, "most seconds of a search", within=(0.0, None))
+    again: bool = knob("CALIB_SECOND_PASS", False, "search the same matrices a second time")
+    tokens: int = knob("CALIB_PROXY_MAX_TOK", 4096, "held-out tokens that each of its round trips reads",
+                       within=(1, None), tiny=200)
+
+
+@dataclass(frozen=True)
 class GptqConfig:
     """How the numbers of the artifact are found (records 1855 and 1886; frontier 6)."""
 
@@ -575,6 +628,8 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     gptq: GptqConfig = field(default_factory=GptqConfig)
     size: SizeConfig = field(default_factory=SizeConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -636,7 +691,7 @@ class Config:
     def check(self) -> None:
         """Rules that span knobs, a line each. Raises UserError naming the first that is broken."""
         ladder_rungs(self.size.ladder)
-        for rules in (shape_rules, feature_rules, run_rules, codec_rules, expert_rules):
+        for rules in (shape_rules, feature_rules, run_rules, codec_rules, expert_rules, choice_rules):
             for text in (text for holds, text in rules(self) if not holds):
                 raise UserError(text)
 
@@ -715,6 +770,57 @@ def expert_rules(cfg: Config) -> list[tuple[bool, str]]:
 # fmt: on
 
 
+@of_config
+def has_ternary(cfg: Config) -> bool:
+    return "ternary" in cfg.export.codecs
+
+
+@of_config
+def guards_average(cfg: Config) -> bool:
+    """An average shrinks ternary weights towards their zeros (SKC notes 2.17)."""
+    asked = cfg.optim.ema_guard == "1" or (cfg.optim.ema_guard == "auto" and has_ternary(cfg))
+    return cfg.optim.ema_on and asked
+
+
+@of_config
+def weighs(cfg: Config) -> bool:
+    """Whether some weights are held against others by a round trip."""
+    return cfg.proxy.on or guards_average(cfg)
+
+
+@of_config
+def searches(cfg: Config) -> bool:
+    return cfg.ternary.calibrates and has_ternary(cfg)
+
+
+@of_config
+def held_out_read(cfg: Config) -> int:
+    """Tokens of held-out text that somebody reads; the last of them is a target only."""
+    counts = (cfg.proxy.tokens * weighs(cfg), cfg.search.tokens * searches(cfg))
+    return max(counts) + 1 if any(counts) else 0
+
+
+@of_config
+def tokens_held_out(cfg: Config) -> int:
+    return cfg.proxy.held_out or held_out_read(cfg)
+
+
+# fmt: off
+def choice_rules(cfg: Config) -> list[tuple[bool, str]]:
+    """Of what is chosen by round trips."""
+    low, high, least, most = cfg.search.low, cfg.search.high, cfg.search.scale_low, cfg.search.scale_high
+    return [
+        (low <= high, f"TERNARY_THRESHOLD_LOW={low} is above TERNARY_THRESHOLD_HIGH={high}"),
+        (least <= most, f"TERNARY_SCALE_MULT_LOW={least} is above TERNARY_SCALE_MULT_HIGH={most}"),
+        (not cfg.proxy.align or searches(cfg), "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and "
+         "TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
+        (tokens_held_out(cfg) >= held_out_read(cfg), f"HELD_OUT_TOKENS={cfg.proxy.held_out} is less than the "
+         f"{held_out_read(cfg)} tokens that EXPORT_PROXY_TOKENS and CALIB_PROXY_MAX_TOK read; raise it, or 0 "
+         "for just as many"),
+    ]
+# fmt: on
+
+
 # What SIZE_LADDER may lower: knob -> (kinds of tensors, field of their codec).
 LADDER = {
     "MATRIX_BITS": (("attn", "mlp"), "bits_each"),
@@ -766,6 +872,7 @@ ALIASES = {
     "TURBO_QUANT_KV": "refused: there is no key/value cache to quantise",
     "WEIGHT_SHARING": "refused: abandoned; NUM_LOOPS shares weights in depth",
     "INSIDE_OUT_TRAINING": "refused: abandoned, it gained nothing in its own ablation",
+    "EXPORT_PROXY_EVERY_FRACTION": "refused: EXPORT_PROXY_EVERY counts steps",
     "DEQ_FEEDBACK": "refused: abandoned, it gained nothing in its own ablation",
 }
 # Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix, and SKC's
@@ -782,7 +889,7 @@ VALUE_ALIASES = {
     ("MATRIX_CODEC", "competition_gptq"): "ternary",
 }
 # Published names from which the values of others follow.
-DERIVING = ("DATA_DIR", "FP_STORAGE", "ACTIVATION", "LEAKY_RELU_SLOPE")
+DERIVING = ("DATA_DIR", "FP_STORAGE", "ACTIVATION", "LEAKY_RELU_SLOPE", "EMA_ENABLED", "EMA_EVAL_APPLY")
 STORAGE = {  # of FP_STORAGE, which holds for all but the ternary matrices
     "0": {"EMBED_CODEC": "int", "EMBED_BITS": "16"},
     "fp8": {"EMBED_CODEC": "fp8"},
@@ -791,6 +898,9 @@ STORAGE = {  # of FP_STORAGE, which holds for all but the ternary matrices
 }
 WITHOUT_EFFECT = {  # published -> why nothing follows from it
     "PHASED_TTT_ENABLED": "no published script reads it",
+    "EXPORT_PROXY_NUM_SEQS": "no published script reads it",
+    "TERNARY_CALIB_DISTRIBUTED": "ranks always share the round trips of a search",
+    "FULL_TERNARY_CALIBRATION": "every ternary matrix has a threshold and a multiplier of its own",
     "LZMA_PRESET": "lzma, where it is tried, always works at its hardest",
     "ROPE_TRAIN_SEQ_LEN": "no published script reads it",
     "ADAM_LR": "record T74's Adam goes by SCALAR_LR and TIED_EMBED_LR",
@@ -858,6 +968,7 @@ def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
             out[name] = ours
     refuse_what_is_not_here(out)
     out = with_derived(out)
+    out |= published_average(out)
     return {**published_paths(out), **out} if "DATA_DIR" in out else out
 
 
@@ -896,6 +1007,20 @@ def with_derived(env: dict[str, str]) -> dict[str, str]:
 def known_names() -> list[str]:
     """Every name that a recipe may have; ours first."""
     return [*all_knobs(), *ALIASES, *DERIVING, *WITHOUT_EFFECT, *NOT_HERE]
+
+
+def published_average(env: dict[str, str]) -> dict[str, str]:
+    """EMA_DECAY where SKC's switches are set: 0 where one is off, else as given or 0.997, their default.
+
+    EMA_EVAL_APPLY=0 kept an average that was neither scored nor shipped. Raises UserError for no truth value.
+    """
+    switches = {name: env[name] for name in ("EMA_ENABLED", "EMA_EVAL_APPLY") if name in env}
+    for name, text in switches.items():
+        if parse(text.strip(), bool) is None:
+            raise UserError(f"{name}={text!r} is not allowed; want 0 or 1")
+    if not all(parse(text.strip(), bool) for text in switches.values()):
+        return {"EMA_DECAY": "0"}
+    return {"EMA_DECAY": env.get("EMA_DECAY", "0.997")} if "EMA_ENABLED" in switches else {}
 
 
 def published_paths(env: dict[str, str]) -> dict[str, str]:
@@ -1102,6 +1227,7 @@ class Phase(NamedTuple):
     routing: float = 1.0  # how far experts are from their first, flatter choice to their last
     extra: int = 0  # experts that a token takes beyond MOE_TOP_K until then
     noise: object = None  # the step as a tensor (), where ternary weights are trained under noise
+    averages: bool = True  # the average of the weights follows them, where there is one
 
 
 def fraction(at: Progress, cfg: Config) -> float:
@@ -1151,7 +1277,10 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
     routing = routing_at(at, cfg) if cfg.moe.on else 1.0
     extra = cfg.moe.extra * (routing < 1)
-    return Phase(lr, momentum, cfg.loop.count if looping else 0, qat, decay, routing, extra)
+    averages = fraction(at, cfg) >= cfg.optim.ema_start
+    return Phase(
+        lr, momentum, cfg.loop.count if looping else 0, qat, decay, routing, extra, averages=averages
+    )
 
 
 def final_phase(cfg: Config) -> Phase:
@@ -1558,14 +1687,15 @@ class Clock:
         self.spent, self.mark, self.saved, self.interrupted = spent, None, now(), False
         self.heard, self.pending = Reading(spent, False, False), None
         self.times: deque[float] = deque(maxlen=20)
-        self.cap, self.reserve = cfg.budget.seconds, 0.0
+        self.cap, self.reserve, self.fresh = cfg.budget.seconds, 0.0, False
 
     def keep(self, reserve: float) -> None:
         """End the steps so many seconds before the cap. Raises UserError where that leaves none."""
         if 0 < self.cfg.budget.seconds <= reserve:
             raise UserError(
                 f"MAX_WALLCLOCK_SECONDS={self.cfg.budget.seconds} leaves no time to train: calibration takes "
-                f"{reserve:.1f} s of it; raise it or lower GPTQ_CALIBRATION_BATCHES"
+                f"{reserve:.1f} s of it; raise it or lower GPTQ_CALIBRATION_BATCHES, EXPORT_PROXY_TOKENS or "
+                f"CALIB_MAX_SECONDS"
             )
         if self.cfg.budget.seconds > 0:
             self.cap, self.reserve = self.cfg.budget.seconds - reserve, reserve
@@ -1607,9 +1737,38 @@ class Clock:
 
     def hear(self, mine: Tensor) -> Reading:
         seconds, stop, save = mine.tolist()
-        self.times.append(seconds - self.heard.seconds)
-        self.heard = Reading(seconds, stop > 0, save > 0)
+        if not self.fresh:
+            self.times.append(seconds - self.heard.seconds)
+        self.heard, self.fresh = Reading(seconds, stop > 0, save > 0), False
         return self.heard
+
+    @contextlib.contextmanager  # without a `finally`: after an error no rank may wait for the others
+    def aside(self) -> Generator[None]:
+        """A block of training time that is no step: it counts, and the pace of steps does not know of it.
+
+        Every rank enters and leaves it, and has a fresh reading at both ends.
+        """
+        due = False
+        if self.pending is not None:
+            (mine, work), self.pending = self.pending, None
+            work.wait()
+            due = self.hear(mine).save
+        self.hear(self.read())
+        yield  # noqa: RUF075
+        self.fresh = True
+        self.hear(self.read())
+        self.heard, self.fresh = self.heard._replace(save=due), True
+
+    def read(self) -> Tensor:
+        """(3,) what `hear` wants, now and from all ranks."""
+        self.world.synchronize()
+        seconds = self.elapsed() if self.world.main else 0.0
+        return self.world.sum_(torch.tensor([seconds, float(self.interrupted), 0.0], dtype=torch.float64))
+
+    def left(self, kept: float) -> float:
+        """Seconds from the last reading to the cap, less those kept for later; infinite without a cap."""
+        cap = self.cfg.budget.seconds
+        return cap - kept - self.heard.seconds if cap > 0 else math.inf
 
     def sync_due(self, step: int) -> bool:
         """Every CLOCK_SYNC_EVERY steps, and at each of the last 20 that the cap leaves room for."""
@@ -1723,13 +1882,20 @@ def read_header(path: Path) -> int:
 class Shards:
     """The shards of one split in lexicographic order, as one long array of tokens.
 
-    Token ids are checked against the vocabulary once per shard, when it is first touched.
+    Token ids are checked against the vocabulary once per shard, when it is first touched. The last `held`
+    tokens are no part of the array: `held_out` alone gives them.
     """
 
-    def __init__(self, folder: Path, split: str, vocab: int) -> None:
+    def __init__(self, folder: Path, split: str, vocab: int, held: int = 0) -> None:
         self.paths = list_shards(folder, split)
-        self.vocab, self.open = vocab, {}
-        self.ends = list(itertools.accumulate(read_header(p) for p in self.paths))
+        self.vocab, self.open, self.held = vocab, {}, held
+        sizes = [read_header(p) for p in self.paths]
+        if 0 < held >= sizes[-1]:
+            raise UserError(
+                f"{self.paths[-1]} holds {sizes[-1]} tokens, of which {held} are to be held out and some "
+                f"left for training; lower HELD_OUT_TOKENS, EXPORT_PROXY_TOKENS or CALIB_PROXY_MAX_TOK"
+            )
+        self.ends = list(itertools.accumulate([*sizes[:-1], sizes[-1] - held]))
         if self.total == 0:
             raise UserError(f"{folder} holds no {split} token; prepare it again")
 
@@ -1739,21 +1905,31 @@ class Shards:
 
     def shard(self, i: int) -> np.ndarray:
         if i not in self.open:
-            tokens = self.unchecked(i)
-            blocks = np.array_split(tokens, max(1, len(tokens) >> 24)) if len(tokens) else []
-            top = max((int(block.max()) for block in blocks), default=0)
-            if top >= self.vocab:
-                raise UserError(
-                    f"{self.paths[i]} holds token id {top}, beyond VOCAB_SIZE={self.vocab}; the shards "
-                    f"belong to another tokenizer"
-                )
-            self.open[i] = tokens
+            self.open[i] = self.checked(i, self.unchecked(i))
         return self.open[i]
 
+    def checked(self, i: int, tokens: np.ndarray) -> np.ndarray:
+        blocks = np.array_split(tokens, max(1, len(tokens) >> 24)) if len(tokens) else []
+        top = max((int(block.max()) for block in blocks), default=0)
+        if top >= self.vocab:
+            raise UserError(
+                f"{self.paths[i]} holds token id {top}, beyond VOCAB_SIZE={self.vocab}; the shards "
+                f"belong to another tokenizer"
+            )
+        return tokens
+
     def unchecked(self, i: int) -> np.ndarray:
-        if self.ends[i] == (self.ends[i - 1] if i else 0):  # an empty file cannot be mapped
+        count = self.ends[i] - (self.ends[i - 1] if i else 0)
+        if count == 0:  # an empty file cannot be mapped
             return np.zeros(0, "<u2")
-        return np.memmap(self.paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES)
+        return np.memmap(self.paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES)[:count]
+
+    def held_out(self) -> np.ndarray:
+        """(held,) tokens that training never sees, the last of all."""
+        if self.held == 0:
+            return np.zeros(0, "<u2")
+        last = np.memmap(self.paths[-1], dtype="<u2", mode="r", offset=HEADER_BYTES)
+        return self.checked(len(self.paths) - 1, last[-self.held :])
 
     def first(self, i: int, token: int) -> int | None:
         """Position of a token's first occurrence in a shard, reading no further than that."""
@@ -1924,8 +2100,8 @@ class Loader:
 
     def __init__(self, cfg: Config, world: World, bos: int) -> None:
         self.cfg, self.world, self.bos = cfg, world, bos
-        self.shards = Shards(Path(cfg.run.data), "train", cfg.model.vocab)
-        self.spans = make_spans(self.shards, cfg, bos)
+        self.shards = Shards(Path(cfg.run.data), "train", cfg.model.vocab, tokens_held_out(cfg))
+        self.spans, self.held = make_spans(self.shards, cfg, bos), self.shards.held_out()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.ready: dict[int, Future] = {}
 
@@ -5533,12 +5709,18 @@ def keep_diagonals(members: dict[str, nn.Parameter], ok: Tensor) -> None:
 
 
 class Average:
-    """Exponential moving average of the weights in float32, from the initial weights on (frontier 5.7)."""
+    """Exponential moving average of the weights in float32, from those at `begin` on (frontier 5.7)."""
 
     def __init__(self, model: GPT, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.swapped = decay, False
         self.live = dict(model.named_parameters())
         self.mean = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Forget what was averaged and start at the weights as they are: nothing older is in the average."""
+        for name, mean in self.mean.items():
+            mean.copy_(self.live[name])
 
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:
@@ -5550,8 +5732,27 @@ class Average:
     @torch.no_grad()
     def ship(self) -> None:
         """Put the average in the place of the weights."""
+        assert not self.swapped, "the average is in the weights' place already"
         for name, mean in self.mean.items():
             self.live[name].copy_(mean)
+
+    @contextlib.contextmanager
+    def applied(self) -> Generator[None]:
+        """Average and weights change places meanwhile, tensor by tensor: no second copy of the model."""
+        assert not self.swapped, "the average is in the weights' place already"
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, mean in self.mean.items():
+            weights = self.live[name].detach().clone()
+            self.live[name].copy_(mean)
+            mean.copy_(weights)
+        self.swapped = not self.swapped
 
 
 @torch.no_grad()
@@ -5706,7 +5907,7 @@ def load_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | No
 
 
 CHECKPOINT_META = (  # what resuming reads
-    *("step", "skipped", "finished", "seconds", "pace", "ledger"),
+    *("step", "skipped", "finished", "averaging", "seconds", "pace", "ledger", "best", "calibrated"),
     *("knobs", "data", "source_sha256", "dtype", "compiling", "rng"),
 )
 
@@ -5738,7 +5939,7 @@ def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
 
 
 # ======================================================================================
-# 19. Calibrate -- what every matrix sees, from training text, inside the training clock
+# 19. Calibrate -- what ships, and what every matrix sees: by training text, inside the training clock
 # uses: Config Schedule World Clock Data Storage Layers Model
 # ======================================================================================
 
@@ -5837,32 +6038,201 @@ def clipped(w: Tensor, limit: Tensor) -> Tensor:
 
 
 class Pace:
-    """Of spans: whether the clock leaves time for one more like the slowest."""
+    """Of pieces of work: whether the clock leaves time for one more like the slowest.
 
-    def __init__(self, clock: Clock | None, world: World) -> None:
-        self.clock, self.world, self.slowest = clock, world, 0.0
-        self.before = clock.elapsed() if clock else 0.0
+    `until` is the end in seconds of this rank's clock; without it that is the cap.
+    """
+
+    def __init__(self, clock: Clock | None, world: World, until: float | None = None) -> None:
+        self.clock, self.world, self.slowest, self.until = clock, world, 0.0, until
+        if until is None:
+            self.until = (clock.cfg.budget.seconds if clock else 0.0) or math.inf
+        self.begin()
+
+    def begin(self) -> None:
+        """What went before is no piece."""
+        self.before = self.clock.elapsed() if self.clock else 0.0
+
+    def note(self) -> None:
+        """A piece is done."""
+        if self.until < math.inf:
+            self.world.synchronize()
+            now = self.clock.elapsed()
+            self.slowest, self.before = max(self.slowest, now - self.before), now
+
+    def has_room(self) -> bool:
+        return self.until == math.inf or self.clock.elapsed() + self.slowest * Clock.SAFETY < self.until
 
     def leaves_time(self) -> bool:
-        if self.clock is None or self.clock.cfg.budget.seconds <= 0:
-            return True
-        self.world.synchronize()
-        now = self.clock.elapsed()
-        self.slowest, self.before = max(self.slowest, now - self.before), now
-        return now + self.slowest * Clock.SAFETY < self.clock.cfg.budget.seconds
+        self.note()
+        return self.has_room()
 
 
 def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> float:
     """Seconds of the cap that calibration will take, the same on every rank: the second of two passes."""
     if cfg.gptq.reserve > 0:
         return cfg.gptq.reserve
+    return second_pass(lambda: gather_hessians(model, loader, 0, cfg, world), world)
+
+
+def second_pass(work: Callable[[], object], world: World) -> float:
+    """Seconds that the slowest rank takes for what it has done once before, and a little more."""
     for _ in range(2):
         world.synchronize()
         begin = time.perf_counter()
-        gather_hessians(model, loader, 0, cfg, world)
+        work()
         world.synchronize()
         took = time.perf_counter() - begin
     return max(world.gather(took)) * Clock.SAFETY
+
+
+def held_out_batches(loader: Loader, count: int, cfg: Config, world: World) -> Generator[Batch]:
+    """This rank's share of the windows that the first `count` held-out targets fill, a span's at a time."""
+    tokens = loader.held[: count + 1]
+    width = min(cfg.eval_len, len(tokens) - 1)
+    starts = range(0, len(tokens) - width, width)[world.rank :: world.size]
+    rows = max(1, cfg.data.span // width)
+    for at in range(0, len(starts), rows):
+        windows = [tokens[a : a + width + 1] for a in starts[at : at + rows]]
+        batch = packed(windows, loader.bos, cfg.eval_len) if cfg.data.packing else as_rows(windows, width)
+        yield to_device(batch, world)
+
+
+@torch.no_grad()
+def round_trip(
+    model: GPT, loader: Loader, count: int, cfg: Config, world: World, pace: Pace | None = None
+) -> float:
+    """Nats per held-out token of the weights as they would ship, the same on every rank; nothing is coded.
+
+    Every weight passes through its codec, all loops are on. Integers are rounded to nearest: GPTQ and
+    low-rank corrections are not in it. The model runs uncompiled, because graphs of its own would be made
+    inside the clock. Infinite where some rank's pace had no time for it; all take part in the one sum.
+    """
+    pace, was_training = pace or Pace(None, world), model.training
+    sums, phase = torch.zeros(3, dtype=torch.float64), final_phase(cfg)._replace(qat=True)
+    model.eval()
+    pace.begin()
+    with torch.compiler.set_stance("force_eager"):
+        for batch in held_out_batches(loader, count, cfg, world):
+            if not pace.has_room():
+                sums[2] = 1
+                break
+            nll, _ = model(Ctx(batch.tokens, batch.docs, cfg.eval_len, phase), batch.targets)
+            sums += torch.tensor([nll.double().sum().item(), nll.numel(), 0], dtype=torch.float64)
+            pace.note()
+            world.journal.beat()
+    model.train(was_training)
+    nats, tokens, cut = world.sum_(sums).tolist()
+    return nats / tokens if not cut else math.inf
+
+
+class Snapshot:
+    """The weights of the best round trip so far and the grids they had, in host memory.
+
+    An origin says whose weights they were, and at which step: `ema:300`.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.live = dict([*model.named_parameters(), *model.named_buffers()])
+        self.kept = {name: t.detach().to("cpu", copy=True) for name, t in self.live.items()}
+        self.nats, self.origin, self.calibrated = math.inf, "", ""
+
+    @torch.no_grad()
+    def take(self, nats: float, origin: str, calibrated: str) -> None:
+        for name, kept in self.kept.items():
+            kept.copy_(self.live[name])
+        self.nats, self.origin, self.calibrated = nats, origin, calibrated
+
+    @torch.no_grad()
+    def ship(self) -> None:
+        for name, kept in self.kept.items():
+            self.live[name].copy_(kept)
+
+
+class Trial:
+    """Counts the round trips of a search, and refuses more than are allowed."""
+
+    def __init__(self, measure: Callable[[], float], most: int) -> None:
+        self.measure, self.most, self.count, self.stopped = measure, most, 0, False
+
+    def nats(self) -> float:
+        """Infinite once the number or the time is used up."""
+        self.stopped = self.stopped or self.count >= self.most
+        if self.stopped:
+            return math.inf
+        self.count += 1
+        found = self.measure()
+        self.stopped = found == math.inf
+        return found
+
+    def along(self, grid: Tensor, at: int, values: list[float], best: float) -> float:
+        """The least nats over one number of a grid, which stays there; `best` are those of the present."""
+        keep = float(grid[at])
+        for value in values:
+            if abs(value - keep) < 1e-6:
+                continue
+            grid[at] = value
+            found = self.nats()
+            if found < best:
+                best, keep = found, value
+        grid[at] = keep
+        return best
+
+
+def search_axes(cfg: Config) -> list[tuple[int, list[float]]]:
+    """(which number of a grid, the values to try)."""
+    axes = []
+    if cfg.ternary.threshold_search:
+        axes.append((0, np.linspace(cfg.search.low, cfg.search.high, cfg.search.steps).tolist()))
+    if cfg.ternary.scale_search:
+        low, high = cfg.search.scale_low, cfg.search.scale_high
+        axes.append((1, np.linspace(low, high, cfg.search.scale_steps).tolist()))
+    return axes
+
+
+def worth_searching(
+    grids: dict[str, Tensor], sizes: dict[str, int], first: float, trial: Trial, cfg: Config
+) -> list[str]:
+    """The TERNARY_CALIB_TOP_N grids that matter most: of the largest matrices, those that a first try changes
+    most. It takes the value nearest the middle of each range that is not the present one.
+    """
+    some = min(cfg.search.top * cfg.search.prefilter, cfg.search.candidates)
+    largest = sorted(grids, key=lambda name: (-sizes[name], name))[:some]
+    if len(largest) <= cfg.search.top:
+        return largest
+    change = dict.fromkeys(largest, 0.0)
+    for name in largest:
+        before = grids[name].clone()
+        for at, values in search_axes(cfg):
+            others = [v for v in values if abs(v - float(before[at])) > 1e-6]
+            middle = (values[0] + values[-1]) / 2
+            grids[name][at] = min(others, key=lambda v: abs(v - middle), default=before[at])
+        found = trial.nats()
+        grids[name].copy_(before)
+        change[name] = abs(found - first) if found < math.inf else 0.0
+    return sorted(largest, key=lambda name: -change[name])[: cfg.search.top]
+
+
+@torch.no_grad()
+def search_grids(model: GPT, loader: Loader, cfg: Config, world: World, pace: Pace) -> dict:
+    """Threshold and multiplier of the ternary matrices that matter most, one number after another, by nats of
+    the round trip on held-out training text (SKC notes 4.5); figures for the report.
+
+    All ranks do the same with the same numbers, so grids stay equal; they are filled in place.
+    """
+    grids, sizes = grids_of(model), {name: p.numel() for name, p in model.named_parameters()}
+    trial = Trial(lambda: round_trip(model, loader, cfg.search.tokens, cfg, world, pace), cfg.search.evals)
+    first = best = trial.nats()
+    names = worth_searching(grids, sizes, first, trial, cfg)
+    for name in names * (2 if cfg.search.again else 1):
+        for at, values in search_axes(cfg):
+            best = trial.along(grids[name], at, values, best)
+    return {
+        "evals": trial.count,
+        "cut": trial.stopped,
+        "nats": [first, best],
+        "grids": {name: [round(x, 6) for x in grids[name].tolist()] for name in names},
+    }
 
 
 # ======================================================================================
@@ -5879,6 +6249,8 @@ class TrainState:
     skipped: int = 0
     resumed: bool = False
     finished: bool = False
+    averaging: bool = False  # the average of the weights has begun
+    calibrated: str = ""  # for whose weights grids were searched last, as a Snapshot's origin
 
 
 class Report(NamedTuple):
@@ -5898,8 +6270,11 @@ class Trainer:
         self.optimizer = Optimizer(model, cfg, world)
         self.optimizer.prime()
         self.average = Average(model, cfg.optim.ema_decay) if cfg.optim.ema_on else None
-        self.state = TrainState()
+        self.best = Snapshot(model) if cfg.proxy.keeps else None
+        self.state, self.shipped = TrainState(), {"weights": "live"}
         self.clock, self.looping = Clock(cfg, world, 0.0), False
+        # seconds of a round trip, of one of the search, and of what comes when weights are chosen
+        self.trip, self.each, self.later = 0.0, 0.0, 0.0
         if not FOLDED:
             self.graphs = 0  # made by the end of warm-up
         self.reports: deque[Report] = deque()
@@ -5911,7 +6286,9 @@ class Trainer:
         model = {f"model.{name}": p.detach() for name, p in named}
         optimizer = {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
         means = self.average.mean if self.cfg.optim.ema_on else {}
-        return model | optimizer | {f"average.{name}": t for name, t in means.items()}
+        best = self.best.kept if self.cfg.proxy.keeps else {}
+        rest = {f"average.{name}": t for name, t in means.items()}
+        return model | optimizer | rest | {f"best.{name}": t for name, t in best.items()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -5963,7 +6340,7 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
     if t.cfg.optim.clips_mean:
         clip_mean(gradients, t.cfg.optim.clip)
     t.optimizer.step(gradients, phase, ok)
-    if t.cfg.optim.ema_on:
+    if t.cfg.optim.ema_on and phase.averages:
         t.average.update(ok)
     if t.cfg.moe.on:  # of all ranks and micro-batches: what the balance of the next step is held against
         shares = figures[1] / figures[1].sum(1, keepdim=True)
@@ -6034,6 +6411,9 @@ def save(t: Trainer) -> None:
         "skipped": t.state.skipped,
         "finished": t.state.finished,
         "resumed": t.state.resumed,
+        "averaging": t.state.averaging,
+        "calibrated": t.state.calibrated,
+        "best": [t.best.nats, t.best.origin, t.best.calibrated] if t.cfg.proxy.keeps else [],
         "seconds": t.clock.elapsed(),
         "knobs": identity(t.cfg),
         "config_hash": config_hash(t.cfg),
@@ -6064,6 +6444,9 @@ def resume(t: Trainer, found: Checkpoint) -> None:
     meta = found.meta
     t.restore(found.tensors)
     t.state = TrainState(meta["step"], meta["skipped"], True, meta["finished"])
+    t.state.averaging, t.state.calibrated = meta["averaging"], meta["calibrated"]
+    if t.cfg.proxy.keeps:
+        t.best.nats, t.best.origin, t.best.calibrated = meta["best"]
     reserve, t.clock = t.clock.reserve, Clock(t.cfg, t.world, meta["seconds"])
     t.clock.keep(reserve)
     t.clock.remember(meta["pace"])
@@ -6114,11 +6497,21 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
             break
         if t.cfg.run.saves:
             save_if_due(t, heard)
-        take_step(t, Progress(t.state.step, heard.seconds, t.clock.reserve))
+        now = Progress(t.state.step, heard.seconds, t.clock.reserve)
+        if t.cfg.proxy.align:
+            align_if_due(t, now)
+        take_step(t, now)
+        if t.cfg.proxy.on:
+            consider_if_due(t)
         if t.cfg.run.val_every and t.state.step % t.cfg.run.val_every == 0:
             with t.clock.paused():
                 flush_reports(t, keep=0)
                 validate(t.state.step, t.clock.spent * 1000)
+    end_training(t)
+
+
+def end_training(t: Trainer) -> None:
+    """Stop the clock, on all ranks at the same step, and say what is left to say."""
     t.world.synchronize()
     t.clock.drain()
     t.clock.stop()
@@ -6128,6 +6521,151 @@ def train(t: Trainer, validate: Callable[[int, float], None]) -> None:
             f"stopping_early: wallclock_cap train_time:{t.clock.spent * 1000:.0f}ms "
             f"step:{t.state.step}/{t.cfg.budget.iterations}"
         )
+
+
+def keep_time(t: Trainer) -> None:
+    """End the steps so much before the cap as what comes after them was measured to take."""
+    cfg, reserve = t.cfg, 0.0
+    if cfg.gptq.on:
+        t.later = measured_reserve(t.model, t.loader, cfg, t.world)
+    if weighs(cfg) and cfg.budget.seconds > 0:
+        t.trip = trip_seconds(t, cfg.proxy.tokens)
+        reserve += t.trip * (2 if cfg.optim.ema_on else 1)
+    if searches(cfg):
+        t.each = trip_seconds(t, cfg.search.tokens)
+        reserve += min(cfg.search.seconds, cfg.search.evals * t.each)
+    t.clock.keep(reserve + t.later)
+
+
+def trip_seconds(t: Trainer, count: int) -> float:
+    return second_pass(lambda: round_trip(t.model, t.loader, count, t.cfg, t.world), t.world)
+
+
+def pace_of(t: Trainer, kept: float, most: float) -> Pace:
+    """For round trips: within `most` seconds, and before the cap by as many as are kept for later."""
+    return Pace(t.clock, t.world, t.clock.elapsed() + min(t.clock.left(kept), most))
+
+
+def weigh(t: Trainer, kept: float) -> float:
+    """Nats per held-out token of the weights in the model; infinite where the clock leaves no time."""
+    pace = pace_of(t, kept, math.inf)
+    return round_trip(t.model, t.loader, t.cfg.proxy.tokens, t.cfg, t.world, pace)
+
+
+@contextlib.contextmanager
+def as_shipped(t: Trainer) -> Generator[str]:
+    """The weights that would ship now are in the model meanwhile: the average where there is one. Says whose
+    they are."""
+    if t.cfg.optim.ema_on and t.state.averaging:
+        with t.average.applied():
+            yield f"ema:{t.state.step}"
+    else:
+        yield f"live:{t.state.step}"
+
+
+def consider_if_due(t: Trainer) -> None:
+    """Every EXPORT_PROXY_EVERY steps weigh what would ship now, on the training clock; the best is kept.
+
+    Near the cap it is left out: all ranks have read the same clock.
+    """
+    if t.state.step % t.cfg.proxy.every:
+        return
+    with t.world.journal.phase("proxy"), t.clock.aside():
+        if t.clock.left(t.clock.reserve) <= t.trip:
+            return
+        begin = t.clock.elapsed()
+        with as_shipped(t) as origin:
+            nats = weigh(t, t.clock.reserve)
+            if t.cfg.proxy.keeps and nats < t.best.nats:
+                t.best.take(nats, origin, t.state.calibrated)
+        took = t.clock.elapsed() - begin
+    t.world.journal.trace(step=t.state.step - 1, proxy=nats.hex())
+    t.world.log(
+        f"proxy: weights:{origin} nats:{nats:.6f} took:{took * 1000:.0f}ms "
+        f"train_time:{t.clock.heard.seconds * 1000:.0f}ms"
+    )
+
+
+def align_if_due(t: Trainer, now: Progress) -> None:
+    """Once, from EXPORT_ALIGNED_TRAIN_START_FRACTION on: search the grids of ternary weights for what would
+    ship now, and let training go on with them. They are buffers filled in place: no new graph."""
+    if t.state.calibrated or fraction(now, t.cfg) < t.cfg.proxy.align_at:
+        return
+    with as_shipped(t) as origin:
+        search(t, origin, t.clock.reserve)
+
+
+def search(t: Trainer, origin: str, kept: float) -> None:
+    """Search the grids of the weights in the model; `kept` seconds of the cap are for later."""
+    with t.world.journal.phase("search"), t.clock.aside():
+        pace = pace_of(t, kept, t.cfg.search.seconds)
+        pace.slowest = t.each  # nothing is begun for which there is no time
+        found = search_grids(t.model, t.loader, t.cfg, t.world, pace)
+    t.state.calibrated, t.shipped["search"] = origin, found | {"weights": origin}
+    first, best = found["nats"]
+    t.world.journal.trace(step=t.state.step, search=found["grids"])
+    t.world.log(
+        f"grid_search: weights:{origin} evals:{found['evals']} cut:{int(found['cut'])} nats:{first:.6f}->"
+        f"{best:.6f} matrices:{len(found['grids'])} train_time:{t.clock.heard.seconds * 1000:.0f}ms"
+    )
+
+
+def settle_weights(t: Trainer) -> None:
+    """Put into the model what ships: the weights, clipped, then the grids of ternary ones (SKC notes 4.1).
+
+    What reads text is on the training clock.
+    """
+    if weighs(t.cfg):
+        t.clock.start()
+        with t.world.journal.phase("choose"), t.clock.aside():
+            choose_weights(t)
+        t.clock.stop()
+    else:
+        choose_weights(t)
+    if t.cfg.ternary.clip_mode != "none":
+        clip_weights(t.model, t.cfg, t.world)
+        t.shipped["origin"] += ":clipped"
+    if searches(t.cfg) and t.state.calibrated != t.shipped["origin"]:
+        t.clock.start()
+        search(t, t.shipped["origin"], t.later)
+        t.clock.stop()
+    if weighs(t.cfg) or searches(t.cfg):
+        nats = "".join(f" {name}:{value:.6f}" for name, value in t.shipped["nats"].items())
+        t.world.log(
+            f"shipped: weights:{t.shipped['weights']} of:{t.shipped['origin']}{nats} "
+            f"train_time:{t.clock.spent * 1000:.0f}ms"
+        )
+
+
+def choose_weights(t: Trainer) -> None:
+    """Exactly one source ships: the best that was weighed in training, which has the average in it; else the
+    average, unless it is guarded and worse; else the weights that training left."""
+    kind, nats = "live", {}
+    if t.cfg.optim.ema_on and t.state.averaging:
+        kind, nats = choose_average(t)
+    elif weighs(t.cfg):
+        nats["live"] = weigh(t, t.later)
+    origin = f"{kind}:{t.state.step}"
+    if t.cfg.proxy.keeps:
+        nats["best"] = t.best.nats
+        if t.best.nats < nats[kind]:
+            t.best.ship()
+            kind, origin, t.state.calibrated = "best", t.best.origin, t.best.calibrated
+    t.shipped |= {"weights": kind, "origin": origin, "nats": nats}
+
+
+def choose_average(t: Trainer) -> tuple[str, dict[str, float]]:
+    """Ship the average, unless it is guarded and its round trip does not beat that of the weights."""
+    nats = {}
+    if guards_average(t.cfg):
+        nats["live"] = weigh(t, t.later)
+    if weighs(t.cfg):
+        with t.average.applied():
+            nats["ema"] = weigh(t, t.later)
+    if guards_average(t.cfg) and not nats["ema"] < nats["live"]:
+        return "live", nats
+    t.average.ship()
+    return "ema", nats
 
 
 def calibrate(t: Trainer) -> dict[str, Tensor]:
@@ -6150,6 +6688,8 @@ def take_step(t: Trainer, now: Progress) -> None:
     if t.cfg.loop.on and phase.loops and not t.looping:
         t.world.log(f"layer_loop:enabled step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
     t.looping = phase.loops > 0
+    if t.cfg.optim.ema_on and phase.averages:
+        begin_average(t, now)
     figures = train_step(t, t.loader.batches(t.state.step), phase)
     event = torch.cuda.Event() if figures.is_cuda else None
     host = figures.to("cpu", non_blocking=True)
@@ -6164,6 +6704,16 @@ def trained_phase(t: Trainer) -> Phase:
     """As a loaded artifact, for weights that are not one yet: through the quantiser if they ended so."""
     end = phase_at(Progress(t.state.step, t.clock.elapsed(), t.clock.reserve), t.cfg)
     return final_phase(t.cfg)._replace(qat=end.qat)
+
+
+def begin_average(t: Trainer, now: Progress) -> None:
+    """Once: the average starts as the weights of this moment, before the step."""
+    if t.state.averaging:
+        return
+    t.average.begin()
+    t.state.averaging = True
+    if t.cfg.optim.ema_start > 0:
+        t.world.log(f"average:begun step:{t.state.step} frac:{fraction(now, t.cfg):.3f}")
 
 
 def flush_reports(t: Trainer, keep: int) -> None:
@@ -6904,6 +7454,19 @@ def foreign_files() -> list[str]:
     )
 
 
+def shipped_facts(t: Trainer, cfg: Config) -> dict[str, object]:
+    """Whose weights ship, and by which figures; null stands for a round trip that there was no time for."""
+
+    def finite(values: object) -> object:
+        if isinstance(values, dict):
+            return {name: finite(value) for name, value in values.items()}
+        if isinstance(values, list):
+            return [finite(value) for value in values]
+        return None if isinstance(values, float) and not math.isfinite(values) else values
+
+    return {**finite(t.shipped), "held_out_tokens": tokens_held_out(cfg)}
+
+
 def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
     """results.json, all but the bytes: every number a record needs, measured here and now."""
     seconds = t.clock.spent if t else 0.0
@@ -6928,6 +7491,7 @@ def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: C
         "train_seconds": seconds,
         "tokens_per_second": steps * cfg.data.batch_tokens / seconds if seconds else 0.0,
         "params": param_count(empty_model(cfg, world)),
+        "shipped": shipped_facts(t, cfg) if t else {},
         "score": cfg.run.score,
         "scores": {name: score._asdict() for name, score in scores.items()},
         "phases": [{"name": k, "seconds": v} for k, v in world.journal.ledger.items()],
@@ -6974,7 +7538,7 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
 
 # ======================================================================================
 # 24. Main -- the story on one page
-# uses: Config Schedule Journal World Clock Data Model Speed Calibrate Train Export Evaluate Report
+# uses: Config Schedule Journal World Clock Data Model Speed Train Export Evaluate Report
 # ======================================================================================
 
 
@@ -7022,8 +7586,7 @@ def open_trainer(facts: Facts, tokenizer: Tokenizer, cfg: Config, world: World) 
     with world.journal.phase("warmup"):
         warm_up(t)
         warm_evaluation(t.model, tokenizer.bos, cfg, world)
-        if cfg.gptq.on:
-            t.clock.keep(measured_reserve(t.model, loader, cfg, world))
+        keep_time(t)
     if not FOLDED:
         t.graphs = graphs_made()
     if cfg.run.resume and found:
@@ -7058,14 +7621,11 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
         t.loader.close()
         world.log(f"interrupted: saved at step {t.state.step}; RESUME=1 RUN_DIR={world.run_dir} continues")
         return None
-    if cfg.optim.ema_on:
-        t.average.ship()
+    settle_weights(t)
     with world.journal.phase("calibrate"):
         hessians = calibrate(t) if cfg.gptq.on else {}
     t.loader.close()
     with world.journal.phase("export"):
-        if cfg.ternary.clip_mode != "none":
-            clip_weights(t.model, cfg, world)
         blob = world.share(lambda: ship(t.model, hessians, facts.code_bytes, cfg, world))
     log_sizes(blob, facts, cfg, world)
     return blob

@@ -505,19 +505,38 @@ def each_micro_batch(meet) -> None:
     train_gpt.take_step, train_gpt.objective = stepping, counting
 
 
-def fake_clock(seconds: list[float]) -> None:
-    """Training's clock stands still but for its steps, which take these seconds, in turn."""
+def fake_clock(seconds: list[float], trips: float = 0.0, slow_rank: int = -1) -> None:
+    """Training's clock stands still but for its steps, which take these seconds in turn, and for round trips.
+
+    The time of a round trip is known beforehand, as the warm-up measures it; on `slow_rank` it is four times
+    that, which the warm-up has not seen.
+    """
     import train_gpt
 
-    now, durations, train_step = [100.0], itertools.cycle(seconds), train_gpt.train_step
+    now, durations = [100.0], itertools.cycle(seconds)
+    train_step, trip = train_gpt.train_step, train_gpt.round_trip
 
     def stepping(t, batches, phase):
         figures = train_step(t, batches, phase)
         now[0] += next(durations) if t.clock.mark is not None else 0.0  # the warm-up takes no time
         return figures
 
-    train_gpt.train_step = stepping
+    def measured(work, world):
+        work()
+        return trips
+
+    def tripping(model, loader, count, cfg, world, pace=None):
+        nats = trip(model, loader, count, cfg, world, pace)
+        if pace is not None:
+            now[0] += trips * (4 if my_rank() == slow_rank else 1)
+            pace.note()
+            NOTES.setdefault("trips", []).append(now[0] - 100.0)
+        return nats
+
+    train_gpt.train_step, train_gpt.round_trip = stepping, tripping
+    train_gpt.second_pass, safety = measured, train_gpt.Clock.SAFETY
     train_gpt.Clock = functools.partial(train_gpt.Clock, now=lambda: now[0])
+    train_gpt.Clock.SAFETY = safety
 
 
 def note_times() -> None:

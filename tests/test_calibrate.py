@@ -221,7 +221,7 @@ def test_cap_that_leaves_no_time_beside_calibration_is_refused_in_words(tmp_path
     run = try_here(tmp_path, toy_data, **CALIBRATION, GPTQ_RESERVE_SECONDS=2, MAX_WALLCLOCK_SECONDS=2)
     assert run.error == (
         "MAX_WALLCLOCK_SECONDS=2.0 leaves no time to train: calibration takes 2.0 s of it; raise it or lower "
-        "GPTQ_CALIBRATION_BATCHES"
+        "GPTQ_CALIBRATION_BATCHES, EXPORT_PROXY_TOKENS or CALIB_MAX_SECONDS"
     )
     assert run.losses == []
 

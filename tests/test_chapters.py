@@ -24,10 +24,10 @@ from conftest import ROOT, run_program
 # Lines a chapter may have, in the order of the chapters; the test allows a fifth more. Changing a row needs a
 # reason in the commit.
 BUDGETS = {
-    "Config": 1000, "Schedule": 150, "Journal": 150, "World": 200, "Clock": 150, "Data": 350,
+    "Config": 1050, "Schedule": 150, "Journal": 150, "World": 200, "Clock": 165, "Data": 350,
     "Kernels": 1050, "Storage": 450, "Coding": 400, "Layers": 300, "Mixers": 600, "Feed-forward": 300,
     "Memory": 300, "Model": 350, "Speed": 200, "Teachers": 450, "Objective": 450,
-    "Optimizer": 350, "Checkpoint": 200, "Calibrate": 150, "Train": 300, "Export": 675, "Evaluate": 675,
+    "Optimizer": 350, "Checkpoint": 200, "Calibrate": 265, "Train": 450, "Export": 675, "Evaluate": 675,
     "Report": 200, "Main": 190,
 }  # fmt: skip
 MAX_LINES, MAX_WIDTH, MIN_WORDS = 8_500, 110, 0.10  # of the file; a line; share of lines that explain

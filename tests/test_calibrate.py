@@ -332,6 +332,8 @@ KNOBS = [
     ({}, {"COMPRESSOR": "zstd"}), ({}, {"MATRIX_CODEC": "ternary"}), ({}, {"EMBED_CODEC": "fp8"}),
     ({"MATRIX_CODEC": "ternary"}, {"TERNARY_GROUP": 8}),
     ({"MATRIX_CODEC": "ternary"}, {"TERNARY_SCALE_STEP": 0.04}),
+    ({}, {"ATTN_CODEC": "fp4"}), ({}, {"MLP_CODEC": "ternary"}),
+    ({"MATRIX_CODEC": "ternary"}, {"TURBO_QUANT_TRAIN": 1, "TURBO_QUANT_EXPORT": 1}),
 ]  # fmt: skip
 
 

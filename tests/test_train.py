@@ -243,6 +243,7 @@ TAPER = {"MUON_WD": 0.5, "WD_TAPER_START_FRAC": 0.4, "WD_TAPER_FINAL_MULT": 0.5}
 LANES, SPARSE = {"PARALLEL_START_LAYER": 2}, {"SPARSE_ATTN_GATE_ENABLED": 1}
 OUT, NARROW, YARN = {"ATTN_OUT_GATE_ENABLED": 1}, {"EMBED_DIM": 16}, {"ROPE_TYPE": "yarn"}
 EXPERTS = {"MOE_ENABLED": 1}
+FOUR = {"MATRIX_CODEC": "fp4", "MATRIX_INIT": "orthogonal"}
 PAIRS, VALUES, AHEAD = {"BIGRAM_VOCAB_SIZE": 64}, {"VE_ENABLED": 1}, {"MTP_NUM_HEADS": 1}
 PROXY, GUARDED = {"EXPORT_PROXY_EVAL": 1}, {"EMA_DECAY": 0.9, "EMA_GUARD": 1}
 SEARCH = {"MATRIX_CODEC": "ternary", "TERNARY_THRESHOLD_SEARCH": 1, "TERNARY_SCALE_SEARCH": 1}
@@ -405,6 +406,16 @@ EFFECTS = {
     "EMBED_BITS": Effect({"EMBED_BITS": 6}),
     "INT8_CLIP_PERCENTILE": Effect({"INT8_CLIP_PERCENTILE": 95}),
     "ROW_SCALE_FLOOR": Effect({"ROW_SCALE_FLOOR": 0.01}),
+    "TERNARY_NOISE_SCALE": Effect({"TERNARY_NOISE_SCALE": 0.05}, {"MATRIX_CODEC": "ternary"}),
+    "TERNARY_CLIP_MODE": Effect({"TERNARY_CLIP_MODE": "percentile"}, FOUR),
+    "GPTQ_LITE_PERCENTILES": Effect({"GPTQ_LITE_PERCENTILES": 1}, FOUR | {"TERNARY_CLIP_MODE": "percentile"}),
+    "TERNARY_CLIP_ROWS_K": Effect(
+        {"TERNARY_CLIP_ROWS_K": 1.7}, {"MATRIX_CODEC": "fp4", "TERNARY_CLIP_MODE": "row_std"}
+    ),
+    "TERNARY_EMBED_CLIP_ROWS_K": Effect(
+        {"TERNARY_EMBED_CLIP_ROWS_K": 2.3},
+        UNTIED | {"EMBED_CODEC": "fp4", "TERNARY_CLIP_MODE": "row_std", "MODEL_DIM": 128},
+    ),
     "EVAL_SEQ_LEN": Effect({"EVAL_SEQ_LEN": 16}),
     "SLIDING_WINDOW_ENABLED": Effect(SLIDING),
     "EVAL_STRIDE": Effect({"EVAL_STRIDE": 4}, SLIDING),
@@ -433,15 +444,18 @@ EXEMPT = {  # a knob whose effect is shown elsewhere -> where, and why not here
 PAYLOAD = "test_knob_changes_the_artifact in test_calibrate.py compares what is coded, without its header"
 EXEMPT |= dict.fromkeys(
     [
-        "MATRIX_CODEC", "EMBED_CODEC", "TERNARY_GROUP", "TERNARY_SCALE_STEP", "GPTQ_ENABLED",
-        "GPTQ_CALIBRATION_BATCHES", "MATRIX_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS",
-        "EMBED_CLIP_SIGMAS", "LQER_ENABLED", "LQER_RANK", "LQER_TOP_K", "LQER_FACTOR_BITS",
+        "MATRIX_CODEC", "ATTN_CODEC", "MLP_CODEC", "EMBED_CODEC", "TERNARY_GROUP", "TERNARY_SCALE_STEP",
+        "GPTQ_ENABLED", "GPTQ_CALIBRATION_BATCHES", "MATRIX_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS",
+        "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "LQER_ENABLED", "LQER_RANK", "LQER_TOP_K", "LQER_FACTOR_BITS",
         "LQER_ASYM_ENABLED", "LQER_ASYM_GROUP", "COMPRESSOR",
     ],
     PAYLOAD,
 )  # fmt: skip
 EXEMPT |= {
     "GPTQ_RESERVE_SECONDS": "test_steps_and_calibration_end_before_the_cap in test_calibrate.py: it has one",
+    "TURBO_QUANT_TRAIN": "test_calibrate.py: alone it is refused, with the other one it acts",
+    "TURBO_QUANT_EXPORT": "test_calibrate.py: alone it is refused, with the other one it acts",
+    "TERNARY_QAT": "test_ternary.py: it takes away the grids of runs that calibrate",
     "SIZE_LADDER": "test_rungs_are_taken_in_order in test_export.py: it needs another limit",
     "CODE_BYTES": "test_code_bytes_stand_for_the_files_own in test_export.py: it only counts",
 }

@@ -6328,8 +6328,7 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
         figures.append(torch.zeros_like(t.model.shares))
     t.model.zero_grad(set_to_none=True)
     if t.cfg.ternary.noise:
-        for m in ternary_modules(t.model):
-            m.jitter.draw(t.state.step)
+        draw_noise(t)
     for batch in batches:
         total, terms = objective(t.model, batch, phase, t.cfg)
         (total / len(batches)).backward()
@@ -6345,10 +6344,21 @@ def train_step(t: Trainer, batches: list[Batch], phase: Phase) -> Tensor:
     t.optimizer.step(gradients, phase, ok)
     if t.cfg.optim.ema_on and phase.averages:
         t.average.update(ok)
-    if t.cfg.moe.on:  # of all ranks and micro-batches: what the balance of the next step is held against
-        shares = figures[1] / figures[1].sum(1, keepdim=True)
-        t.model.shares.copy_(torch.where(ok, shares, t.model.shares))
+    if t.cfg.moe.on:
+        keep_shares(t, figures[1], ok)
     return torch.stack([loss, gradients.norm, ok.float()])
+
+
+def draw_noise(t: Trainer) -> None:
+    """What ternary weights are trained under in this step."""
+    for m in ternary_modules(t.model):
+        m.jitter.draw(t.state.step)
+
+
+def keep_shares(t: Trainer, counts: Tensor, ok: Tensor) -> None:
+    """Of all ranks and micro-batches: what the balance of the next step is held against."""
+    shares = counts / counts.sum(1, keepdim=True)
+    t.model.shares.copy_(torch.where(ok, shares, t.model.shares))
 
 
 def try_graphs(t: Trainer) -> None:

@@ -388,7 +388,7 @@ class Toy(nn.Module):
         self.layer, self.tags = layer, {}
 
     def forward(self, x, ctx):
-        losses = {"load": torch.tensor(10.0**self.layer)}
+        losses = {"spread": torch.tensor(10.0**self.layer)}
         return Out(0 * x, losses | ({"once": torch.tensor(5.0)} if self.layer == 2 else {}))
 
 
@@ -397,11 +397,11 @@ def test_auxiliary_losses_are_summed_by_name_over_layers_and_visits(monkeypatch)
     cfg = config(NUM_LOOPS=2, LOOP_START=1, LOOP_END=1)
     model, tokens = make_model(cfg, lone()), tokens_of(1, 8, cfg)
     aux = model.hidden(Ctx(tokens, None, 32, final_phase(cfg))).aux
-    assert {name: loss.item() for name, loss in aux.items()} == {"load": 131.0, "once": 5.0}
+    assert {name: loss.item() for name, loss in aux.items()} == {"spread": 131.0, "once": 5.0}
     batch = Batch(tokens, tokens, None)
-    with pytest.raises(KeyError, match="load"):
+    with pytest.raises(KeyError, match="spread"):
         objective(model, batch, PLAIN, cfg)
-    monkeypatch.setattr(train_gpt, "loss_weights", lambda cfg: {"nll": 1.0, "load": 0.01, "once": 2.0})
+    monkeypatch.setattr(train_gpt, "loss_weights", lambda cfg: {"nll": 1.0, "spread": 0.01, "once": 2.0})
     total, terms = objective(model, batch, PLAIN, cfg)
     assert total.item() == pytest.approx(terms["nll"].item() + 0.01 * 111 + 2 * 5, rel=1e-6)
 

@@ -729,7 +729,7 @@ def feature_rules(cfg: Config) -> list[tuple[bool, str]]:
          f"{layers}, e.g. 1,2"),
         (cfg.input.bigram_rows != 1, "BIGRAM_VOCAB_SIZE=1 wants at least 2 rows, one for beginnings"),
         (not lanes or cfg.lanes_start < layers, f"PARALLEL_START_LAYER={lanes} leaves no layer for two "
-         f"lanes, beginning at layer {cfg.lanes_start} of NUM_LAYERS={layers}; lower it"),
+         f"lanes, which begin at layer {cfg.lanes_start} of NUM_LAYERS={layers}; lower it"),
     ]
 
 
@@ -2100,7 +2100,9 @@ class Loader:
     def __init__(self, cfg: Config, world: World, bos: int) -> None:
         self.cfg, self.world, self.bos = cfg, world, bos
         self.shards = Shards(Path(cfg.run.data), "train", cfg.model.vocab, tokens_held_out(cfg))
-        self.spans, self.held = make_spans(self.shards, cfg, bos), self.shards.held_out()
+        self.spans = make_spans(self.shards, cfg, bos)
+        if tokens_held_out(cfg):
+            self.held = self.shards.held_out()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.ready: dict[int, Future] = {}
 
@@ -7461,7 +7463,7 @@ def foreign_files() -> list[str]:
     )
 
 
-def shipped_facts(t: Trainer, cfg: Config) -> dict[str, object]:
+def shipped_facts(t: Trainer | None, cfg: Config) -> dict[str, object]:
     """Whose weights ship, and by which figures; null stands for a round trip that there was no time for."""
 
     def finite(values: object) -> object:
@@ -7471,7 +7473,7 @@ def shipped_facts(t: Trainer, cfg: Config) -> dict[str, object]:
             return [finite(value) for value in values]
         return None if isinstance(values, float) and not math.isfinite(values) else values
 
-    return {**finite(t.shipped), "held_out_tokens": tokens_held_out(cfg)}
+    return {**finite(t.shipped), "held_out_tokens": tokens_held_out(cfg)} if t else {}
 
 
 def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
@@ -7498,14 +7500,13 @@ def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: C
         "train_seconds": seconds,
         "tokens_per_second": steps * cfg.data.batch_tokens / seconds if seconds else 0.0,
         "params": param_count(empty_model(cfg, world)),
-        "shipped": shipped_facts(t, cfg) if t else {},
         "score": cfg.run.score,
         "scores": {name: score._asdict() for name, score in scores.items()},
         "phases": [{"name": k, "seconds": v} for k, v in world.journal.ledger.items()],
         "resumed": bool(t and t.state.resumed),
         "skipped_steps": t.state.skipped if t else 0,
         "compile_cache": compile_cache_state(world),
-        **({} if FOLDED else {"compile": compile_facts(t, cfg, world)}),
+        **({} if FOLDED else {"compile": compile_facts(t, cfg, world), "shipped": shipped_facts(t, cfg)}),
         "process_seconds": time.perf_counter() - world.journal.started,
         "tokenizer_bytes": {"bytes": facts.tokenizer_bytes, "note": "not counted by precedent"},
         "extra_files_imported": foreign_files(),

@@ -624,7 +624,7 @@ def test_validation_during_training_scores_experts_as_they_ship(tmp_path, toy_da
     run = run_here(tmp_path, toy_data, **ON, **knobs)
     assert len(run.losses) == 4 and len(seen) == 4 + 2
     assert {(phase.routing, phase.extra) for phase in seen} == {(1.0, 0)}
-    assert [phase.qat for phase in seen] == [True] * 4 + [False] * 2
+    assert [phase.qat for phase in seen] == [True] * 5 + [False], "the fifth: the weights as trained"
 
 
 def test_run_with_experts_warms_up_without_trace_and_resumes_as_if_never_stopped(tmp_path, toy_data):

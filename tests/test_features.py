@@ -85,7 +85,8 @@ def test_every_knob_of_the_sections_is_switched_on_somewhere_here():
     sizes |= {"BIGRAM_DIM", "VE_DIM", "VE_LAYERS", "MTP_LOSS_WEIGHT", "ROPE_YARN"}  # tests of their own
     sizes |= {"MOE_START_FRACTION", "MOE_LAYER_FRAC", "MOE_ROUTER_AUX_LOSS_COEF"}
     model = {"EMBED_DIM", "VOCAB_BIAS", "Z_LOSS_WEIGHT", "SOFTCAP_TYPE", "LOGIT_SOFTCAP", "NORMED_PROJ"}
-    assert knobs - sizes == EVERYTHING.keys() - {"NUM_LOOPS", "MLP_NEGATIVE_SLOPE"} - model
+    model |= {"NUM_LOOPS", "MLP_NEGATIVE_SLOPE", "RESIDUAL_PROJ_INIT_STD"}
+    assert knobs - sizes == EVERYTHING.keys() - model
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -570,7 +570,7 @@ def knobs_are_read(source: Source) -> Iterator[str]:
 
 
 def fields_of_the_config_exist(source: Source) -> Iterator[str]:
-    """What is read of it is a knob, a property or a method there; otherwise only the run that gets there ends."""
+    """What is read of it is a knob, a property or a method; or else the run that gets there ends there."""
     sections = {**source.config_sections, "": "Config"}
     members = {
         section: {name for node in owner.body for name in names_defined(node)}
@@ -582,9 +582,9 @@ def fields_of_the_config_exist(source: Source) -> Iterator[str]:
         if is_config(node.value) and node.attr not in members[""]:
             yield f"line {node.lineno}: the config has no {ast.unparse(node)}"
         inner = node.value
-        if isinstance(inner, ast.Attribute) and is_config(inner.value) and inner.attr in members:
-            if node.attr not in members[inner.attr]:
-                yield f"line {node.lineno}: the config has no {ast.unparse(node)}"
+        of_section = isinstance(inner, ast.Attribute) and is_config(inner.value) and inner.attr in members
+        if of_section and node.attr not in members[inner.attr]:
+            yield f"line {node.lineno}: the config has no {ast.unparse(node)}"
     yield from own_fields_exist(source, sections, members)
 
 

@@ -393,7 +393,6 @@ def test_batches_are_cast_on_the_host_and_copied_once(shards_folder, loader, pac
     assert {t.dtype for b in host for t in (b.tokens, b.targets)} == {torch.int64}
     calls, real = [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: calls.append((a, k)) or real(t, *a, **k))
-    one.world = place(0, 1)
     batches = one.batches(0)
     tensors = [t for batch in batches for t in batch if t is not None]
     assert calls == [((one.world.device,), {"non_blocking": True})] * len(tensors)

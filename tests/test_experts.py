@@ -561,7 +561,7 @@ def test_every_parameter_has_a_gradient_from_the_second_step_on(compiling, extra
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ["", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_every_parameter_has_a_gradient_at_the_first_step_where_no_projection_is_zero(backend):
-    """A branch whose gate and whose projection are both zero never learns; of nothing but small ones all do."""
+    """A branch whose gate and projection are both zero never learns; where both are small, both do."""
     cfg = config(**ON, MATRIX_CODEC="ternary", RESIDUAL_PROJ_INIT_STD=0.002)
     model, batch = make_model(cfg, lone()), batch_of(cfg, rows=4)
     for block in model.blocks if backend else ():

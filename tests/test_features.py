@@ -108,7 +108,7 @@ def test_feature_changes_the_loss_and_all_its_parameters_learn(name):
 @pytest.mark.parametrize("lanes", [0, 2])
 @pytest.mark.parametrize("loops", [0, 1])
 def test_every_feature_steps_with_layers_shared_and_lanes(loops, lanes):
-    """All forms of the model construct, step and leave nobody out of the optimizer, not only the usual one."""
+    """All forms of the model construct and step, and nobody is left out of the optimizer."""
     shared = {"NUM_LOOPS": loops, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": lanes}
     shared |= {"RESIDUAL_PROJ_INIT_STD": 0.1, "MATRIX_CODEC": "ternary", "ITERATIONS": 100}
     for name, knobs in FEATURES.items():
@@ -372,7 +372,7 @@ def test_first_values_learn_through_later_layers():
 @torch.no_grad()
 @pytest.mark.parametrize(("std", "bound"), [(0.0, 0.0), (0.002, 0.02)])
 def test_mix_of_values_does_not_shake_a_fresh_model(std, bound):
-    """It begins at halves, as published; but what it changes goes through a projection of nothing or little."""
+    """It begins at halves, as published, but what it changes goes through a projection of zeros or near."""
     found = []
     for mix in (0, 1):
         cfg = config(VALUE_RESIDUAL=mix, RESIDUAL_PROJ_INIT_STD=std)

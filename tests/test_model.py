@@ -96,7 +96,7 @@ def test_ids_and_targets_beyond_the_vocabulary_are_errors_and_never_the_last_one
         for bad in (cfg.model.vocab, cfg.model.vocab + 7):
             wrong = [t.clone() for t in batch]
             wrong[place][0, at] = bad
-            with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
                 objective(model, Batch(*wrong, None), PLAIN, cfg)[0].backward()
     last = [t.clone() for t in batch]
     last[0][0, 3] = last[1][0, 5] = cfg.model.vocab - 1

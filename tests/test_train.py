@@ -203,7 +203,7 @@ def test_all_who_ask_the_model_give_it_int64_tokens_and_get_one_arithmetic(
     tmp_path, toy_data, monkeypatch, dtype
 ):
     """Training, round trips, calibration, validation and scores: no dtype of their own, and no autocast."""
-    seen, embed, block = {}, train_gpt.Embed.forward, train_gpt.Block.forward
+    seen, embed, proj = {}, train_gpt.Embed.forward, train_gpt.Proj.forward
     forward, name = train_gpt.GPT.forward, str(dtype).removeprefix("torch.")
 
     def embedding(module, ctx):
@@ -211,20 +211,29 @@ def test_all_who_ask_the_model_give_it_int64_tokens_and_get_one_arithmetic(
         seen.setdefault(reader(), set()).add(("tokens", ctx.tokens.dtype, e.dtype))
         return e
 
-    def mixing(module, x, x0, ctx):
-        seen[reader()].add(("block", x.dtype, block(module, x, x0, ctx).y.dtype))
-        return block(module, x, x0, ctx)
+    def multiplying(module, x, phase):
+        y = proj(module, x, phase)
+        seen[reader()].add(("product", x.dtype, y.dtype))
+        return y
 
     def asking(model, ctx, targets):
         nll, out = forward(model, ctx, targets)
         seen[reader()].add(("targets", targets.dtype, nll.dtype))
         return nll, out
 
-    for owner, patch in ((train_gpt.Embed, embedding), (train_gpt.Block, mixing), (train_gpt.GPT, asking)):
+    for owner, patch in (
+        (train_gpt.Embed, embedding),
+        (train_gpt.Proj, multiplying),
+        (train_gpt.GPT, asking),
+    ):
         monkeypatch.setattr(owner, "forward", patch)
     knobs = {"EXPORT_PROXY_EVAL": 1, "GPTQ_ENABLED": 1, "VAL_LOSS_EVERY": 2, "SLIDING_WINDOW_ENABLED": 1}
     run_here(tmp_path, toy_data, **knobs, DTYPE=name)
-    alike = {("tokens", torch.int64, dtype), ("block", dtype, dtype), ("targets", torch.int64, torch.float32)}
+    alike = {
+        ("tokens", torch.int64, dtype),
+        ("product", dtype, dtype),
+        ("targets", torch.int64, torch.float32),
+    }
     unscored = {row for row in alike if row[0] != "targets"}
     scored = dict.fromkeys(("objective", "round_trip", "score_windows"), alike)
     assert seen == scored | dict.fromkeys(("gather_hessians", "activation_bytes"), unscored)

@@ -139,6 +139,23 @@ def test_fresh_model_with_the_feature_begins_at_a_uniform_guess_and_learns(name)
     assert objective(model, batch, final_phase(cfg), cfg)[0].item() < total.item() - 0.3
 
 
+@pytest.mark.parametrize(("codec", "int8"), [("int", 1), ("ternary", 0)])
+def test_every_feature_is_trained_through_what_ships_of_it(codec, int8):
+    """The loaded artifact answers as the model in its quantised phase: matrices, gates, gains and tables.
+
+    Bit for bit but for the smear gate, whose product of one row adds up by where its numbers lie in memory.
+    """
+    for name, knobs in FEATURES.items():
+        cfg = config(MATRIX_CODEC=codec, MATRIX_BITS=6, GATED_ATTN_QUANT_GATE=int8, **knobs)
+        model, tokens = scrambled(cfg), tokens_of(2, 33, cfg)
+        pair, phase = (tokens[:, :-1], tokens[:, 1:]), final_phase(cfg)._replace(qat=True)
+        loaded = train_gpt.load(train_gpt.export(model, cfg).blob, cfg, lone(), "it").eval()
+        live = nats(model, *pair, phase=phase)
+        found, bound = nats(loaded, *pair), 1e-5 if cfg.input.smear else 0.0
+        assert (found - live).abs().max() <= bound, name
+        assert (nats(model, *pair) - live).abs().max() > 1e-3, name
+
+
 COMPILED = ["record stack", "everything"]
 
 

@@ -5,6 +5,7 @@ tested, on a small program with one planted violation at a time.
 """
 
 import ast
+import builtins
 import math
 import re
 import statistics
@@ -568,6 +569,57 @@ def knobs_are_read(source: Source) -> Iterator[str]:
             yield f"line {knob.line}: nothing reads {knob.env} (cfg.{path})"
 
 
+def fields_of_the_config_exist(source: Source) -> Iterator[str]:
+    """What is read of it is a knob, a property or a method; or else the run that gets there ends there."""
+    sections = {**source.config_sections, "": "Config"}
+    members = {
+        section: {name for node in owner.body for name in names_defined(node)}
+        for owner in classes(source.tree)
+        for section, name in sections.items()
+        if name == owner.name
+    }
+    for node in loads(source.tree):
+        if is_config(node.value) and node.attr not in members[""]:
+            yield f"line {node.lineno}: the config has no {ast.unparse(node)}"
+        inner = node.value
+        of_section = isinstance(inner, ast.Attribute) and is_config(inner.value) and inner.attr in members
+        if of_section and node.attr not in members[inner.attr]:
+            yield f"line {node.lineno}: the config has no {ast.unparse(node)}"
+    yield from own_fields_exist(source, sections, members)
+
+
+def own_fields_exist(source: Source, sections: dict, members: dict) -> Iterator[str]:
+    """The same of `self` in the config's own classes."""
+    for owner in classes(source.tree):
+        for section in (s for s, name in sections.items() if name == owner.name):
+            for node in loads(owner):
+                path = ast.unparse(node).split(".")
+                wrong = path[0] == "self" and len(path) == 2 and path[1] not in members[section]
+                deep = not section and path[0] == "self" and len(path) == 3 and path[1] in members
+                if wrong or (deep and path[2] not in members[path[1]]):
+                    yield f"line {node.lineno}: the config has no {'.'.join(path)}"
+
+
+def is_config(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Name) and node.id == "cfg") or (
+        isinstance(node, ast.Attribute) and node.attr == "cfg"
+    )
+
+
+def names_are_defined(source: Source) -> Iterator[str]:
+    """Of every name that a function finds outside itself: at top level, by an import, or in Python."""
+    imports = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and node in source.tree.body
+        for alias in node.names
+    }
+    known = imports | source.owner.keys() | vars(builtins).keys() | {"__file__", "__name__"}
+    for name in source.globals_read:
+        if name.id not in known:
+            yield f"line {name.lineno}: {name.id} is defined nowhere"
+
+
 def loads(tree: ast.AST) -> list[ast.Attribute]:
     return [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
 
@@ -579,7 +631,7 @@ RULES = (
     imports_are_optional_or_standard, globals_do_not_change, functions_are_short, functions_are_flat,
     functions_branch_little, functions_take_few_arguments, classes_are_short, chapters_keep_their_budget,
     lines_fit_and_explain, learners_see_only_what_was_scored, knobs_are_declared_once_and_explained,
-    knobs_are_read,
+    knobs_are_read, fields_of_the_config_exist, names_are_defined,
 )  # fmt: skip
 
 
@@ -754,6 +806,9 @@ BODIES = {  # name: (what stands in the body of evaluate, part of the message)
     "an alias in a tuple": ("total, m = 0, cfg.model", "m = cfg.model gives a section"),
     "a second name of the config": ("c = cfg", "c = cfg gives the config a second name"),
     "work left": ("total = 1  # TO" + "DO: count", "TO" + "DO"),
+    "a field that is not there": ("total = cfg.model.depth", "the config has no cfg.model.depth"),
+    "a section that is not there": ("total = cfg.logger", "the config has no cfg.logger"),
+    "a name that is not there": ("total = log0", "log0 is defined nowhere"),
     "a sibling": ("import build_submission", "import of a sibling"),
     "a constant changed by key": ("FROZEN['a'] = 'b'", "the global FROZEN is changed"),
     "a constant changed by method": ("FROZEN.clear()", "the global FROZEN is changed"),
@@ -794,6 +849,11 @@ EDITS = {  # name: (text of CLEAN, what stands in its place, part of the message
     "a knob declared twice": ('"NUM_HEADS"', '"MODEL_DIM"', "MODEL_DIM is declared twice"),
     "a knob without meaning": ('"heads of attention"', '"heads"', "the meaning of NUM_HEADS"),
     "a knob with a full stop": ('"heads of attention"', '"heads of attention."', "the meaning of NUM_HEADS"),
+    "a field of its own that is not there": (
+        "self.dim // self.heads",
+        "self.dim // self.heads + self.depth",
+        "the config has no self.depth",
+    ),
     "a knob nobody reads": ("self.dim // self.heads", "self.dim", "nothing reads NUM_HEADS (cfg."),
 }
 

@@ -371,6 +371,34 @@ def test_prepared_steps_equal_asked_for_steps(shards_folder, loader, packing):
             assert (found.docs is None and want.docs is None) or torch.equal(found.docs, want.docs)
 
 
+@pytest.mark.parametrize("packing", [0, 1])
+def test_no_prepared_step_writes_over_an_earlier_one(shards_folder, loader, packing):
+    """Copies of earlier ones may still be under way: each step has memory of its own."""
+    one, direct = (loader(shards_folder, DOC_PACKING=packing) for _ in range(2))
+    kept = []
+    for step in range(5):
+        kept.append(one.batches(step))
+        one.ready[step + 1].result()
+    for step, batches in enumerate(kept):
+        for found, want in zip(batches, direct.host_batches(step), strict=True):
+            assert torch.equal(found.tokens, want.tokens) and torch.equal(found.targets, want.targets)
+    places = [batch.tokens.data_ptr() for batches in kept for batch in batches]
+    assert len({*places}) == len(places)
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_batches_are_cast_on_the_host_and_copied_once(shards_folder, loader, packing, monkeypatch):
+    one = loader(shards_folder, DOC_PACKING=packing)
+    host = one.host_batches(0)
+    assert {t.dtype for b in host for t in (b.tokens, b.targets)} == {torch.int64}
+    calls, real = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: calls.append((a, k)) or real(t, *a, **k))
+    batches = one.batches(0)
+    tensors = [t for batch in batches for t in batch if t is not None]
+    assert calls == [((one.world.device,), {"non_blocking": True})] * len(tensors)
+    assert len(tensors) == (2 + packing) * len(batches)
+
+
 def test_next_step_is_prepared_by_a_thread_meanwhile(shards_folder, loader):
     one = loader(shards_folder)
     threads, real = [], one.host_batches

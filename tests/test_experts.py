@@ -558,6 +558,21 @@ def test_every_parameter_has_a_gradient_from_the_second_step_on(compiling, extra
             assert all(g.any() for g in bank.weight.grad)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_every_parameter_has_a_gradient_at_the_first_step_where_no_projection_is_zero(backend):
+    """A branch whose gate and projection are both zero never learns; where both are small, both do."""
+    cfg = config(**ON, MATRIX_CODEC="ternary", RESIDUAL_PROJ_INIT_STD=0.002)
+    model, batch = make_model(cfg, lone()), batch_of(cfg, rows=4)
+    for block in model.blocks if backend else ():
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
+    objective(model, batch, at(0.3, 1, qat=True), cfg)[0].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    for block in model.blocks[1:]:
+        for bank in (block.mlp.up, block.mlp.down):
+            assert all(g.any() for g in bank.weight.grad)
+
+
 CODECS = [
     {"MATRIX_CODEC": "ternary"}, {"MATRIX_CODEC": "fp8"}, {"MATRIX_CODEC": "fp4"}, {"MATRIX_BITS": 6},
     {"MATRIX_CODEC": "ternary", "TERNARY_SCALE_STEP": 0.02, "TERNARY_GROUP": 24},

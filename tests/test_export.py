@@ -16,6 +16,7 @@ import torch
 
 import train_gpt
 from conftest import run_program, tiny_env, write_shard
+from faults import plant, play, small
 from test_model import PLAIN, config, lone, nats, scrambled, tokens_of
 from test_train import BRIEF, Run, run_here, try_here
 from train_gpt import (
@@ -676,6 +677,48 @@ def test_export_reads_no_validation_token(tmp_path, toy_data):
 def test_trace_names_the_artifact_by_its_hash(trained):
     hashes = [row["artifact_sha256"] for row in trained.trace if "artifact_sha256" in row]
     assert hashes == [hashlib.sha256(trained.blob).hexdigest()]
+
+
+def test_tied_embedding_is_counted_once():
+    """In the count, in the forecast, in the artifact, and in what the optimizer moves."""
+    tied, untied = config(**WIDE), config(**WIDE, TIE_EMBEDDINGS=0)
+    head, models = tied.model.vocab * tied.model.dim, [scrambled(cfg) for cfg in (tied, untied)]
+    assert train_gpt.param_count(models[1]) - train_gpt.param_count(models[0]) == head
+    bits = param_tags(models[1])["head.weight"].codec.bits((tied.model.vocab, tied.model.dim))
+    forecast = [predicted_bytes(cfg, lone()) for cfg in (tied, untied)]
+    assert forecast[1] - forecast[0] == pytest.approx(bits / 8, abs=1)
+    names = [open_artifact(blob_of(m, m.cfg), m.cfg, lone(), "it").tensors.keys() for m in models]
+    assert names[1] - names[0] == {"head.weight"}
+    assert names[0] == dict(models[0].named_parameters(remove_duplicate=False)).keys()
+    sums = [train_gpt.Optimizer(m, m.cfg, lone()).table() for m in models]
+    counts = [sum(int(line.split("params:")[1]) for line in lines) for lines in sums]
+    assert counts == [train_gpt.param_count(m) for m in models]
+
+
+@pytest.mark.parametrize("here", ["lzma", "brotli"])
+def test_artifact_is_decoded_as_it_says_and_not_as_is_configured_here(here):
+    there = {"lzma": "brotli", "brotli": "lzma"}[here]
+    cfg, other = (config(COMPRESSOR=name) for name in (there, here))
+    model = scrambled(cfg)
+    shipment = export(model, cfg)
+    coders = [row["coder"] for row in train_gpt.byte_table(shipment)["streams"]]
+    assert any(there in coder for coder in coders) and not any(here in coder for coder in coders)
+    held = [open_artifact(shipment.blob, c, lone(), "it").tensors for c in (cfg, other)]
+    assert held[0].keys() == held[1].keys()
+    assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
+
+
+def test_two_ranks_lower_an_artifact_as_one_does(toy_data, tmp_path):
+    """Row C11: what gives way is found by one rank, and nothing in it waits for the others."""
+    knobs = LQER | {"GRAD_ACCUM_STEPS": 1, "SIZE_LADDER": "EMBED_BITS=6,MATRIX_BITS=6", "GPTQ_ENABLED": 1}
+    alone = small(toy_data, tmp_path / "alone", **knobs)
+    assert play(alone).status == 0
+    total = json.loads(Path(alone["RUN_DIR"], "results.json").read_text())["bytes"]["total"]
+    env = small(toy_data, tmp_path / "two", **knobs)
+    outcome = play(env, plant("lower_limit", size=total - 200), ranks=2)
+    assert outcome.statuses == [0, 0], outcome.errs
+    assert Path(env["RUN_DIR"], "train.log").read_text().count("size_ladder: ") >= 2
+    assert json.loads(Path(env["RUN_DIR"], "results.json").read_text())["bytes"]["total"] <= total - 200
 
 
 def test_shape_without_memory_has_the_tensors_of_the_model():

@@ -106,6 +106,26 @@ def test_feature_changes_the_loss_and_all_its_parameters_learn(name):
         assert [bool(row.any()) for row in grads[n]] == [False, False, True]
 
 
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("loops", [0, 1])
+def test_every_feature_steps_with_layers_shared_and_lanes(loops, lanes):
+    """All forms of the model construct and step, and nobody is left out of the optimizer."""
+    shared = {"NUM_LOOPS": loops, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": lanes}
+    shared |= {"RESIDUAL_PROJ_INIT_STD": 0.1, "MATRIX_CODEC": "ternary", "ITERATIONS": 100}
+    for name, knobs in FEATURES.items():
+        cfg = config(**shared | {k: v for k, v in knobs.items() if k not in shared})
+        t = train_gpt.Trainer(make_model(cfg, lone()), None, cfg, lone(), "source")
+        phase = PLAIN._replace(loops=loops, qat=True, routing=0.5, extra=cfg.moe.extra)
+        before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+        figures = [train_gpt.train_step(t, [batch_of(cfg)], phase) for _ in range(2)]
+        assert all(f[2] == 1 for f in figures) and figures[1][0] < figures[0][0], name
+        still = [n for n, p in t.model.named_parameters() if torch.equal(p, before[n])]
+        rest = {"value residual": ["blocks.0.attn.value_mix"]}  # the first layer mixes nothing,
+        if lanes:  # and lanes have no delta gate
+            rest["delta gate"] = ["blocks.2.delta_weight", "blocks.2.delta_bias"]
+        assert still == rest.get(name, []), name
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_fresh_model_with_the_feature_begins_at_a_uniform_guess_and_learns(name):
     cfg = config(**FEATURES[name])
@@ -118,6 +138,23 @@ def test_fresh_model_with_the_feature_begins_at_a_uniform_guess_and_learns(name)
         objective(model, batch, final_phase(cfg), cfg)[0].backward()
         adam.step()
     assert objective(model, batch, final_phase(cfg), cfg)[0].item() < total.item() - 0.3
+
+
+@pytest.mark.parametrize(("codec", "int8"), [("int", 1), ("ternary", 0)])
+def test_every_feature_is_trained_through_what_ships_of_it(codec, int8):
+    """The loaded artifact answers as the model in its quantised phase: matrices, gates, gains and tables.
+
+    Bit for bit but for the smear gate, whose product of one row adds up by where its numbers lie in memory.
+    """
+    for name, knobs in FEATURES.items():
+        cfg = config(MATRIX_CODEC=codec, MATRIX_BITS=6, GATED_ATTN_QUANT_GATE=int8, **knobs)
+        model, tokens = scrambled(cfg), tokens_of(2, 33, cfg)
+        pair, phase = (tokens[:, :-1], tokens[:, 1:]), final_phase(cfg)._replace(qat=True)
+        loaded = train_gpt.load(train_gpt.export(model, cfg).blob, cfg, lone(), "it").eval()
+        live = nats(model, *pair, phase=phase)
+        found, bound = nats(loaded, *pair), 1e-5 if cfg.input.smear else 0.0
+        assert (found - live).abs().max() <= bound, name
+        assert (nats(model, *pair) - live).abs().max() > 1e-3, name
 
 
 COMPILED = ["record stack", "everything"]
@@ -337,6 +374,30 @@ def test_values_of_the_first_layer_are_mixed_into_later_ones():
     out = attn(x, context(cfg, None, rope=rope, table=table, first=first))
     assert torch.allclose(seen["v"], attn.value_mix[0] * first + attn.value_mix[1] * own)
     assert torch.allclose(out.values, own)
+
+
+def test_first_values_learn_through_later_layers():
+    """What the first layer's own attention adds is cut off: its values matter through the mix alone."""
+    for knobs, learns in (({"VALUE_RESIDUAL": 1}, True), ({}, False)):
+        cfg = config(**knobs)
+        model = scrambled(cfg)
+        with torch.no_grad():
+            model.blocks[0].attn.proj.weight.zero_()
+        objective(model, batch_of(cfg), final_phase(cfg), cfg)[0].backward()
+        assert bool(model.blocks[0].attn.c_v.weight.grad.any()) == learns
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("std", "bound"), [(0.0, 0.0), (0.002, 0.02)])
+def test_mix_of_values_does_not_shake_a_fresh_model(std, bound):
+    """It begins at halves, as published, but what it changes goes through a projection of zeros or near."""
+    found = []
+    for mix in (0, 1):
+        cfg = config(VALUE_RESIDUAL=mix, RESIDUAL_PROJ_INIT_STD=std)
+        ctx = Ctx(batch_of(cfg).tokens, None, cfg.data.seq_len, final_phase(cfg))
+        found.append(make_model(cfg, lone()).hidden(ctx).y)
+    assert (found[1] - found[0]).norm() <= bound * found[0].norm()
+    assert torch.equal(*found) == (std == 0)
 
 
 def test_value_table_is_read_by_its_layers_alone():

@@ -724,6 +724,11 @@ def test_backends_agree_forward_and_backward(backend, sizes, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_backends_agree_where_every_head_has_keys_of_its_own(backend):
+    test_backends_agree_forward_and_backward(backend, [3, 1, 6], (2, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_document_leaves_the_others_as_they_are_to_the_bit(backend):
     """Outputs and gradients of every other document, for each document that is changed."""
     sizes = [3, 1, 9, 0, 20, 7]

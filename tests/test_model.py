@@ -1,6 +1,7 @@
 """Model: the naive baseline's transformer, causal and closed between documents, with loops as data."""
 
 import copy
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -76,6 +77,31 @@ def packed_nats(model, documents: list[np.ndarray]) -> list[torch.Tensor]:
     batch = packed([np.concatenate([*documents, [1]])], 1, model.cfg.data.seq_len)
     found = nats(model, batch.tokens, batch.targets, batch.docs)[0]
     return list(found.split([len(d) for d in documents]))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {}, {"FUSED_CE_ENABLED": 0}, {"SOFTCAP_TYPE": "poly"}, {"Z_LOSS_WEIGHT": 0.1}, {"MTP_NUM_HEADS": 1},
+        {"VE_ENABLED": 1, "BIGRAM_VOCAB_SIZE": 64}, {"MATRIX_CODEC": "ternary", "EMBED_CODEC": "ternary"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ids_and_targets_beyond_the_vocabulary_are_errors_and_never_the_last_one(knobs):
+    """Clamped they would train another token's row. The greatest id of all is read as itself."""
+    cfg = config(**knobs)
+    model, good = scrambled(cfg), tokens_of(1, 33, cfg)
+    batch = [good[:, :-1], good[:, 1:]]
+    for place, at in itertools.product((0, 1), (0, 5, 31)):
+        for bad in (cfg.model.vocab, cfg.model.vocab + 7):
+            wrong = [t.clone() for t in batch]
+            wrong[place][0, at] = bad
+            with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+                objective(model, Batch(*wrong, None), PLAIN, cfg)[0].backward()
+    last = [t.clone() for t in batch]
+    last[0][0, 3] = last[1][0, 5] = cfg.model.vocab - 1
+    objective(model, Batch(*last, None), PLAIN, cfg)[0].backward()
+    assert model.embed.weight.grad[cfg.model.vocab - 1].any()
 
 
 # --------------------------------------------------------------------------------------

@@ -408,6 +408,25 @@ def test_best_weights_of_training_ship(toy_data):
     assert all(kept.device.type == "cpu" for kept in t.best.kept.values())
 
 
+def test_best_weights_are_kept_by_the_host(monkeypatch):
+    """Row D07: wherever the model is; on the device there is room for one."""
+    moved, real = [], torch.Tensor.to
+
+    def to(tensor, *where, **how):
+        moved.append((where, how))
+        return real(torch.zeros(tensor.shape), *where, **how)
+
+    world = dataclasses.replace(lone(), device=torch.device("meta"))
+    model = train_gpt.empty_model(config(**TERNARY), world)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    kept = Snapshot(model).kept
+    assert (
+        moved == [(("cpu",), {"copy": True})] * len(kept)
+        and kept.keys() == dict(model.named_parameters()).keys()
+    )
+    assert {t.device.type for t in kept.values()} == {"cpu"}
+
+
 def test_last_weights_ship_where_they_are_the_best(toy_data):
     t, seen = scripted(toy_data, [5.0, 4.5, 4.0, 4.0])
     assert (t.shipped["weights"], t.shipped["origin"]) == ("live", "live:6")

@@ -327,6 +327,20 @@ def test_a_rank_that_stands_still_ends_the_job_by_the_time_limit_of_collectives(
     assert processes_with(env["RUN_DIR"]) == []
 
 
+def test_time_limit_of_collectives_is_the_knobs(monkeypatch):
+    given = []
+
+    def join(backend, timeout):
+        given.append((backend, timeout.total_seconds()))
+        raise InterruptedError
+
+    monkeypatch.setattr(train_gpt.dist, "init_process_group", join)
+    for knobs, seconds in (({"DIST_TIMEOUT": 17}, 17.0), ({}, train_gpt.Config().compute.dist_timeout)):
+        with pytest.raises(InterruptedError):
+            train_gpt.open_world(train_gpt.read_config(tiny_env(**knobs)), {"RANK": "1", "WORLD_SIZE": "2"})
+        assert given.pop() == ("gloo", seconds)
+
+
 def test_a_slow_rank_is_waited_for(toy_data, tmp_path):
     env = small(toy_data, tmp_path, ITERATIONS=5, DIST_TIMEOUT=30)
     outcome = play(env, plant("at_step", step=2, actions=["slow"], rank=1), ranks=2)

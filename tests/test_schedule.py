@@ -22,6 +22,36 @@ def lr(cfg: Config, step: int = 0, seconds: float = 0.0) -> float:
     return phase_at(Progress(step, seconds), cfg).lr
 
 
+# ---- the clock decides
+
+
+EVENTS = {
+    "NUM_LOOPS": 1, "ENABLE_LOOPING_AT": 0.5, "MOE_ENABLED": 1, "MOE_START_FRACTION": 0.5, "EMA_DECAY": 0.9,
+    "EMA_START_FRACTION": 0.5, "MUON_WD": 0.1, "WD_TAPER_START_FRAC": 0.5, "WD_TAPER_FINAL_MULT": 0.5,
+    "LATE_QAT_THRESHOLD": 0.9, "MATRIX_CODEC": "fp4", "WARMDOWN_FRAC": 0.5, "MIN_LR": 0,
+}  # fmt: skip
+
+
+def test_every_event_comes_by_the_clock_though_a_few_of_a_million_steps_are_taken():
+    """And before the half of its time, which no step of the million has reached, none of them does."""
+    cfg = config(**EVENTS, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=100)
+
+    def events(step: int, seconds: float) -> list[bool]:
+        p = phase_at(Progress(step, seconds), cfg)
+        return [p.lr < 0.9, p.qat, p.loops == 1, p.extra == 0, p.routing == 1, p.averages, p.decay < 1]
+
+    assert events(205, 49.9) == events(10**6 - 1, 49.9) == [False] * 7
+    assert events(206, 56.0) == events(411, 99.9) == [True] * 7
+    assert phase_at(Progress(411, 100.0), cfg).lr == 0
+
+
+def test_rate_begins_whole_however_many_steps_were_asked_for():
+    for steps in (10, 10**6):
+        for seconds in (0, 100):
+            cfg = config(ITERATIONS=steps, MAX_WALLCLOCK_SECONDS=seconds, WARMDOWN_FRAC=0.5, WARMUP_STEPS=7)
+            assert [lr(cfg, step, step / 2) for step in range(3)] == [1, 1, 1]
+
+
 # ---- the fraction
 
 

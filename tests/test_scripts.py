@@ -104,6 +104,34 @@ def test_launch_scripts_are_short():
     assert max(lengths["run_8xh100.sh"], lengths["run_2gpu_proxy.sh"]) < 25
 
 
+def assigned_twice(text: str) -> set[str]:
+    """Variables of the environment that a text gives a value more than once, its comments left out."""
+    lines = [re.split(r"(?:^|\s)#", line)[0] for line in text.splitlines()]
+    names = re.findall(r"(?<![\w${!-])([A-Z][A-Z0-9_]*)\+?=(?!=)", "\n".join(lines))
+    return {name for name in names if names.count(name) > 1}
+
+
+ENV_FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("records/*/*env"))
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *ENV_FILES])
+def test_no_variable_is_given_two_values_in_one_file(path):
+    assert assigned_twice((ROOT / path).read_text()) == set()
+
+
+def test_no_setting_of_a_sweep_gives_a_variable_two_values():
+    sweeps = sorted(ROOT.glob("records/*/*.sweep"))
+    assert sweeps
+    for line in (line for path in sweeps for line in path.read_text().splitlines()):
+        assert assigned_twice(line) == set(), line
+
+
+def test_a_variable_with_two_values_is_found():
+    assert assigned_twice("A=1 B=2 # A=2\n# B=3\nC=$A\n[ $C == B ]\n") == set()
+    assert assigned_twice("export SEED=1\nB=2\nexport SEED=2") == {"SEED"}
+    assert assigned_twice("SEED=1 torchrun B=1 SEED=1") == {"SEED"}
+
+
 def test_8xh100_runs_eight_ranks_with_the_env_file(project):
     run = script(project, "run_8xh100.sh")
     assert run.stdout.splitlines() == [

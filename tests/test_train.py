@@ -1,6 +1,7 @@
 """Train: steps lower the loss, warm-up leaves no mark, and every knob does something."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from conftest import Toy, make_shards, tiny_env, toy_documents, train_toy_tokenizer
@@ -183,6 +185,118 @@ def test_validation_during_training_does_not_change_it(tmp_path, toy_data):
     often, never = (run_here(tmp_path / str(n), toy_data, VAL_LOSS_EVERY=n, ITERATIONS=4) for n in (1, 0))
     assert often.losses == never.losses
     assert often.blob == never.blob
+
+
+READERS = ("objective", "round_trip", "gather_hessians", "score_windows", "activation_bytes")
+
+
+def reader() -> str:
+    """Which function has asked the model."""
+    frame = sys._getframe()
+    while frame and frame.f_code.co_name not in READERS:
+        frame = frame.f_back
+    return frame.f_code.co_name if frame else "another"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_who_ask_the_model_give_it_int64_tokens_and_get_one_arithmetic(
+    tmp_path, toy_data, monkeypatch, dtype
+):
+    """Training, round trips, calibration, validation and scores: no dtype of their own, and no autocast."""
+    seen, embed, proj = {}, train_gpt.Embed.forward, train_gpt.Proj.forward
+    forward, name = train_gpt.GPT.forward, str(dtype).removeprefix("torch.")
+
+    def embedding(module, ctx):
+        e = embed(module, ctx)
+        seen.setdefault(reader(), set()).add(("tokens", ctx.tokens.dtype, e.dtype))
+        return e
+
+    def multiplying(module, x, phase):
+        y = proj(module, x, phase)
+        seen[reader()].add(("product", x.dtype, y.dtype))
+        return y
+
+    def asking(model, ctx, targets):
+        nll, out = forward(model, ctx, targets)
+        seen[reader()].add(("targets", targets.dtype, nll.dtype))
+        return nll, out
+
+    for owner, patch in (
+        (train_gpt.Embed, embedding),
+        (train_gpt.Proj, multiplying),
+        (train_gpt.GPT, asking),
+    ):
+        monkeypatch.setattr(owner, "forward", patch)
+    knobs = {"EXPORT_PROXY_EVAL": 1, "GPTQ_ENABLED": 1, "VAL_LOSS_EVERY": 2, "SLIDING_WINDOW_ENABLED": 1}
+    run_here(tmp_path, toy_data, **knobs, DTYPE=name)
+    alike = {
+        ("tokens", torch.int64, dtype),
+        ("product", dtype, dtype),
+        ("targets", torch.int64, torch.float32),
+    }
+    unscored = {row for row in alike if row[0] != "targets"}
+    scored = dict.fromkeys(("objective", "round_trip", "score_windows"), alike)
+    assert seen == scored | dict.fromkeys(("gather_hessians", "activation_bytes"), unscored)
+
+
+class Asked(TorchDispatchMode):
+    """Notes operators that bring a number to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def questions(monkeypatch, **knobs) -> list[str]:
+    """What two steps bring to the host."""
+    cfg = config(**{"FUSED_CE_ENABLED": 0} | knobs)
+    t = Trainer(make_model(cfg, lone()), None, cfg, lone(), "source")
+    batches = [train_gpt.Batch(*torch.randint(4, 300, (2, 2, 32)), None) for _ in range(2)]
+    with Asked() as asked, monkeypatch.context() as patch:
+        for name in ("tolist", "numpy", "cpu"):
+            real = getattr(torch.Tensor, name)
+            patch.setattr(
+                torch.Tensor, name, lambda *a, n=name, f=real, **k: asked.names.append(n) or f(*a, **k)
+            )
+        for _ in range(2):
+            train_gpt.train_step(t, batches, train_gpt.Phase(1.0, 0.95, cfg.loop.count, True, averages=True))
+    return asked.names
+
+
+STEP = {
+    "EMA_DECAY": 0.9, "GRAD_CLIP_NORM": 0.5, "MATRIX_CODEC": "ternary", "TERNARY_NOISE_SCALE": 0.05,
+    "MUON_WD": 0.1, "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": 2,
+    "Z_LOSS_WEIGHT": 0.1, "MTP_NUM_HEADS": 1, "TERNARY_THRESHOLD_SEARCH": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, STEP, STEP | {"MATRIX_OPTIMIZER": "adamw"}], ids=["plain", "all", "adam"]
+)
+def test_no_step_waits_for_a_number_from_the_device(monkeypatch, knobs):
+    """Whether it was finite, how long its gradient is, its losses: all of it is decided on the device.
+
+    The loss in its plain form: by chunks, as on a CPU, it asks whether its gradient is a constant.
+    """
+    assert questions(monkeypatch, **knobs) == []
+
+
+@pytest.mark.parametrize("how", ["item", "tolist", "bool"])
+def test_a_step_that_asks_for_a_number_is_noticed(monkeypatch, how):
+    real = train_gpt.objective
+
+    def logged(*args):
+        total, terms = real(*args)
+        {"item": torch.Tensor.item, "tolist": lambda t: t.tolist(), "bool": bool}[how](terms["nll"].detach())
+        return total, terms
+
+    monkeypatch.setattr(train_gpt, "objective", logged)
+    assert len(questions(monkeypatch)) == 4
 
 
 def test_run_without_steps_ships_the_first_weights(tmp_path, toy_data):

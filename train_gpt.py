@@ -6556,9 +6556,11 @@ def pace_of(t: Trainer, kept: float, most: float) -> Pace:
 
 
 def weigh(t: Trainer, kept: float) -> float:
-    """Nats per held-out token of the weights in the model; infinite where the clock leaves no time."""
+    """Nats per held-out token of the weights in the model; infinite where they are no number, too, or where
+    the clock leaves no time."""
     pace = pace_of(t, kept, math.inf)
-    return round_trip(t.model, t.loader, t.cfg.proxy.tokens, t.cfg, t.world, pace)
+    nats = round_trip(t.model, t.loader, t.cfg.proxy.tokens, t.cfg, t.world, pace)
+    return nats if nats < math.inf else math.inf
 
 
 @contextlib.contextmanager
@@ -7607,8 +7609,8 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     cfg, world = t.cfg, t.world
 
     def validate(step: int, train_ms: float) -> None:
-        now = phase_at(Progress(step, train_ms / 1000), cfg)  # loops and quantiser as trained so far,
-        now = now._replace(routing=1.0, extra=0)  # experts as they are scored in the end
+        at = Progress(step, train_ms / 1000, t.clock.reserve)  # loops and quantiser as trained so far,
+        now = phase_at(at, cfg)._replace(routing=1.0, extra=0)  # experts as they are scored in the end
         with world.journal.phase("validate"):
             score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world, now)
         world.log(

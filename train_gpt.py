@@ -878,15 +878,10 @@ ALIASES = {
 # Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix, and SKC's
 # modes, which all ship ternary matrices and differ in whether brotli is tried; "gptq" is no GPTQ there.
 VALUE_ALIASES = {
-    ("COMPRESSOR", "pergroup"): "auto",
-    ("MATRIX_OPTIMIZER", "adam"): "adamw",
-    ("COMPRESSOR", "1"): "auto",
-    ("COMPRESSOR", "0"): "lzma",
-    ("TERNARY_CLIP_MODE", "1"): "percentile",
-    ("TERNARY_CLIP_MODE", "0"): "none",
-    ("MATRIX_CODEC", "ternary_lzma"): "ternary",
-    ("MATRIX_CODEC", "competition_ternary"): "ternary",
-    ("MATRIX_CODEC", "competition_gptq"): "ternary",
+    "COMPRESSOR": {"pergroup": "auto", "1": "auto", "0": "lzma"},
+    "MATRIX_OPTIMIZER": {"adam": "adamw"},
+    "TERNARY_CLIP_MODE": {"1": "percentile", "0": "none"},
+    "MATRIX_CODEC": dict.fromkeys(("ternary_lzma", "competition_ternary", "competition_gptq"), "ternary"),
 }
 # Published names from which the values of others follow.
 DERIVING = ("DATA_DIR", "FP_STORAGE", "ACTIVATION", "LEAKY_RELU_SLOPE", "EMA_ENABLED", "EMA_EVAL_APPLY")
@@ -931,16 +926,7 @@ NOT_HERE = {
     "UNTIE_AT_FRACTION": ("0", "TIE_EMBEDDINGS holds for the whole run"),
     "CHURN_LOG_EVERY": ("0", "no churn of trits is logged"),
 }
-TRUTH = {
-    "0": False,
-    "1": True,
-    "false": False,
-    "true": True,
-    "no": False,
-    "yes": True,
-    "off": False,
-    "on": True,
-}
+TRUTH = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
 @functools.cache
@@ -963,9 +949,8 @@ def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
         if env.get(new, env[old]) != env[old]:
             raise UserError(f"{old}={env[old]!r} is another name of {new}={env[new]!r}; set one of them")
         out[new] = out.pop(old)
-    for (name, value), ours in VALUE_ALIASES.items():
-        if out.get(name) == value:
-            out[name] = ours
+    for name in VALUE_ALIASES.keys() & out.keys():
+        out[name] = VALUE_ALIASES[name].get(out[name], out[name])
     refuse_what_is_not_here(out)
     out = with_derived(out)
     out |= published_average(out)
@@ -2483,12 +2468,9 @@ def document_mask(docs: Tensor, total: int, kind: type) -> object:
     clear = (first[(tile * 128 + 127).clamp(max=total - 1)] + 127) // 128  # whole in sight of the last query
     seen = (tile >= low[:, None]) & (tile <= tile[:, None])
     full = seen & (tile >= clear[:, None]) & (tile < tile[:, None]) & (tile[:, None] < total // 128)
+    tiles, shape = (*ordered_tiles(seen & ~full), *ordered_tiles(full)), (total, total)
     return kind.from_kv_blocks(
-        *ordered_tiles(seen & ~full),
-        *ordered_tiles(full),
-        BLOCK_SIZE=128,
-        mask_mod=lambda b, h, i, j: (j <= i) & (j >= first[i]),
-        seq_lengths=(total, total),
+        *tiles, BLOCK_SIZE=128, mask_mod=lambda b, h, i, j: (j <= i) & (j >= first[i]), seq_lengths=shape
     )
 
 
@@ -2805,15 +2787,10 @@ class ChunkedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx: object,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        form: Form,
-        fast: bool,
+    def forward(
+        ctx: object, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, how: tuple
     ) -> tuple[Tensor, Tensor]:
+        form, fast = how
         ctx.form, ctx.pick = form, compiled_once if fast else (lambda f: f)
         ctx.save_for_backward(hidden, weight, targets, bias)
         cast, rows = weight.to(hidden.dtype), chunk_rows(len(hidden), len(weight), hidden.is_cuda)
@@ -2837,14 +2814,14 @@ class ChunkedForm(torch.autograd.Function):
             by_weight += more
             if bias is not None:
                 by_bias += moved
-        return by_hidden, by_weight, None, by_bias, None, None
+        return by_hidden, by_weight, None, by_bias, None
 
 
 def formed_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, form: Form, fast: bool
 ) -> tuple[Tensor, Tensor]:
     """formed_nll_ref by chunks; `fast` compiles what is done to each."""
-    return ChunkedForm.apply(hidden, weight, targets, bias, form, fast)
+    return ChunkedForm.apply(hidden, weight, targets, bias, (form, fast))
 
 
 def tanh_alone(loss: Callable, cap: float) -> Callable:
@@ -4978,16 +4955,13 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
         plan, kept, aux, ctx = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX, self.filled(ctx, x)
         calls: list[tuple[int, Tensor]] = []
-        for layer in plan.encoder:
-            out, ctx = self.visit(layer, x, x0, ctx)
-            x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
-            if self.cfg.moe.on:
-                calls.append((layer, out.counts))
-        for j, layer in enumerate(plan.decoder):
-            if j < plan.skips:
+        for j, layer in enumerate([*plan.encoder, *plan.decoder], -len(plan.encoder)):
+            if 0 <= j < plan.skips:
                 x = self.skip((j, layer), x, kept[-1 - j], ctx.phase)
             out, ctx = self.visit(layer, x, x0, ctx)
             x, aux = out.y, add_aux(aux, out.aux)
+            if j < 0:  # still on the way down
+                kept.append(x)
             if self.cfg.moe.on:
                 calls.append((layer, out.counts))
         if self.cfg.moe.on:
@@ -5196,12 +5170,8 @@ def make_fast(model: GPT, world: World) -> GPT:
     CUDA graphs are not offered: what autograd keeps as `p.grad` is a graph's output, and the replay for the
     next micro-batch invalidates or overwrites it (pytorch issues 169545: an error, 96693: wrong sums).
     """
-    if (
-        world.compiling
-        and model.cfg.data.packing
-        and model.attention_name == "sdpa"
-        and world.device.type != "cpu"
-    ):
+    plain = world.device.type != "cpu" and model.attention_name == "sdpa"
+    if model.cfg.data.packing and world.compiling and plain:
         raise UserError(
             "DOC_PACKING=1 finds no kernel for documents of any length here: want DTYPE=bfloat16 and "
             "flash-attn or torch >= 2.10, or ATTENTION=flex; or set COMPILE=0, which is slow"
@@ -5617,17 +5587,11 @@ class Optimizer:
         self.rates = {kind: rate for kind, (_, rate, _) in self.rules.items()}
         kinds = [kind for kind, (algorithm, _, _) in self.rules.items() if algorithm == "adam"]
         self.muon = Muon(self.groups["muon"] if "muon" not in kinds else {}, cfg, world)
+        rows = [
+            {"params": [*self.groups[k].values()], "kind": k, "weight_decay": self.rules[k][2]} for k in kinds
+        ]
         betas = (cfg.optim.beta1, cfg.optim.beta2)
-        self.adam = torch.optim.AdamW(
-            [
-                {"params": list(self.groups[k].values()), "kind": k, "weight_decay": self.rules[k][2]}
-                for k in kinds
-            ],
-            lr=0.0,
-            betas=betas,
-            eps=cfg.optim.eps,
-            fused=True,
-        )
+        self.adam = torch.optim.AdamW(rows, lr=0.0, betas=betas, eps=cfg.optim.eps, fused=True)
         self.adam.grad_scale = None
         # embedding, head, then the others as they were declared: the norm's last bits depend on the order
         place = {n: {"embed": 0, "head": 1}.get(k, 2) for k in kinds for n in self.groups[k]}
@@ -5674,11 +5638,8 @@ class Optimizer:
         """Make Adam allocate its moments without moving anything, so that `state` is whole before step 0."""
         for group in self.adam.param_groups:
             for p in group["params"]:
-                self.adam.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+                moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     def table(self) -> list[str]:
         """Lines for the log: who trains what, at which rate and decay."""
@@ -5979,7 +5940,8 @@ def gather_hessians(
             ctx = Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))
             head.add(model.head_reads(model.hidden(ctx).y, ctx.phase)[0])
             world.journal.beat()
-            if not pace.leaves_time():
+            pace.note()
+            if not pace.has_room():
                 world.journal.warn(
                     f"calibration: cut short after span {k + 1} of {cfg.gptq.batches}, by the cap"
                 )
@@ -6065,10 +6027,6 @@ class Pace:
 
     def has_room(self) -> bool:
         return self.until == math.inf or self.clock.elapsed() + self.slowest * Clock.SAFETY < self.until
-
-    def leaves_time(self) -> bool:
-        self.note()
-        return self.has_room()
 
 
 def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> float:
@@ -6767,16 +6725,8 @@ def report(t: Trainer, r: Report) -> None:
 # ======================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
-SHAPE_SECTIONS = (
-    "model",
-    "loop",
-    "attn",
-    "residual",
-    "input",
-    "ahead",
-    "moe",
-    "export",
-)  # whose knobs decide the forward, with the four below
+# Sections whose knobs decide the forward, with SHAPE_KNOBS.
+SHAPE_SECTIONS = ("model", "loop", "attn", "residual", "input", "ahead", "moe", "export")
 MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
 START_KNOBS = (  # of those sections, what matters to a model that is trained from the start alone
     "MATRIX_INIT", "MATRIX_INIT_STD", "RESIDUAL_PROJ_INIT_STD", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT",
@@ -6801,12 +6751,9 @@ def shape_knobs(cfg: Config) -> dict[str, str]:
 
     Raises UserError when they do not fit the artifact's header, compressed.
     """
-    section = {env: name for env, (name, _) in all_knobs().items()}
-    knobs = {
-        env: text
-        for env, text in changed_knobs(cfg).items()
-        if (section[env] in SHAPE_SECTIONS and env not in START_KNOBS) or env in SHAPE_KNOBS
-    }
+    shapes = {env for env, (section, _) in all_knobs().items() if section in SHAPE_SECTIONS}
+    shapes = shapes - {*START_KNOBS} | {*SHAPE_KNOBS}
+    knobs = {env: text for env, text in changed_knobs(cfg).items() if env in shapes}
     size = len(squeeze(json.dumps(knobs).encode()))
     if size > 400:
         raise UserError(
@@ -6954,16 +6901,11 @@ def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
         row = {"name": name, "codec": codec, "params": params, "bits": 8 * size / max(params, 1)}
         row |= {"entropy_bytes": round(sum(own[name].values())), "bytes": round(size)}
         rows.append(row | {"share": size / len(shipment.blob)})
-    kinds = [
-        {
-            "kind": kind,
-            "coder": c.coder,
-            "values": counts[kind],
-            "bits": 8 * len(c.data) / max(counts[kind], 1),
-        }
-        | {"entropy_bytes": round(whole[kind]), "bytes": len(c.data), "tried": c.tried}
-        for kind, c in shipment.coded.items()
-    ]
+    kinds = []
+    for kind, c in shipment.coded.items():
+        row = {"kind": kind, "coder": c.coder, "values": counts[kind]}
+        row |= {"bits": 8 * len(c.data) / max(counts[kind], 1), "entropy_bytes": round(whole[kind])}
+        kinds.append(row | {"bytes": len(c.data), "tried": c.tried})
     return {"tensors": rows, "streams": kinds}
 
 
@@ -7329,34 +7271,20 @@ class Facts(NamedTuple):
 def read_facts(tokenizer: Tokenizer, cfg: Config) -> Facts:
     """A packed program registers its unpacked source with linecache, where this finds it."""
     source = "".join(linecache.getlines(read_facts.__code__.co_filename))
-    return Facts(
-        source,
-        hashlib.sha256(source.encode()).hexdigest(),
-        cfg.size.code_bytes or Path(__file__).stat().st_size,
-        tokenizer.file_bytes,
-    )
+    size = cfg.size.code_bytes or Path(__file__).stat().st_size
+    return Facts(source, hashlib.sha256(source.encode()).hexdigest(), size, tokenizer.file_bytes)
 
 
 def log_header(facts: Facts, cfg: Config, world: World) -> None:
     """The versions, and the lines that log readers of this field look for (rules 3.2)."""
-    journal = world.journal
-    journal.log(
-        f"Running Python {sys.version.split()[0]}\nRunning PyTorch {torch.__version__}", file_only=True
-    )
-    journal.log(
-        "\n".join(
-            f"knob:{env}={text}" + ("" if FOLDED or env not in changed_knobs(cfg) else " (changed)")
-            for env, text in knob_values(cfg).items()
-        ),
-        file_only=True,
-    )
+    changed = {} if FOLDED else changed_knobs(cfg)
+    knobs = (f"knob:{env}={text}{' (changed)' * (env in changed)}" for env, text in knob_values(cfg).items())
+    versions = f"Running Python {sys.version.split()[0]}\nRunning PyTorch {torch.__version__}"
+    world.journal.log("\n".join([versions, *knobs]), file_only=True)
     folder = Path(cfg.run.data)
     shards = [] if cfg.run.eval_only else list_shards(folder, "train")
-    device = (
-        torch.cuda.get_device_name(world.device)
-        if world.device.type == "cuda"
-        else platform.processor() or "cpu"
-    )
+    gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if gpu else platform.processor() or "cpu"
     for line in (
         f"run_dir:{world.run_dir} stage:{SOURCE_STAGE} source_sha256:{facts.sha256[:16]}",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.run.tokenizer}",
@@ -7441,47 +7369,32 @@ def compile_facts(t: Trainer | None, cfg: Config, world: World) -> dict[str, obj
             f"compile: {late} graphs were made after warm-up, which had made {warm}: something that a graph "
             f"depends on changed during the run; each may have cost seconds of the clock"
         )
-    return {
-        "graphs": graphs,
-        "graphs_after_warmup": warm,
-        "mode": cfg.compute.compile_mode,
-        "cache": compile_cache_state(world),
-        "fallback": world.fallback,
-    }
+    told = {"graphs": graphs, "graphs_after_warmup": warm, "mode": cfg.compute.compile_mode}
+    return told | {"cache": compile_cache_state(world), "fallback": world.fallback}
 
 
 def foreign_files() -> list[str]:
     """Imported Python files that are neither this program, the standard library, nor installed packages."""
-    homes = (
-        sysconfig.get_paths()["stdlib"],
-        sysconfig.get_paths()["purelib"],
-        sysconfig.get_paths()["platlib"],
-    )
-    files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} - {None, __file__}
-    return sorted(
-        f
-        for f in files
-        if not f.startswith(homes) and Path(f).is_file() and Path(f).resolve() != Path(__file__).resolve()
-    )
+    homes, own = sysconfig.get_paths(), Path(__file__).resolve()
+    homes = tuple(homes[name] for name in ("stdlib", "purelib", "platlib"))
+    files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} - {None}
+    files = (f for f in files if not f.startswith(homes))
+    return sorted(f for f in files if Path(f).is_file() and Path(f).resolve() != own)
 
 
 def shipped_facts(t: Trainer | None, cfg: Config) -> dict[str, object]:
     """Whose weights ship, and by which figures; null stands for a round trip that there was no time for."""
-
-    def finite(values: object) -> object:
-        if isinstance(values, dict):
-            return {name: finite(value) for name, value in values.items()}
-        if isinstance(values, list):
-            return [finite(value) for value in values]
-        return None if isinstance(values, float) and not math.isfinite(values) else values
-
-    return {**finite(t.shipped), "held_out_tokens": tokens_held_out(cfg)} if t else {}
+    if not t:
+        return {}
+    finite = json.loads(json.dumps(t.shipped), parse_constant=lambda _: None)
+    return {**finite, "held_out_tokens": tokens_held_out(cfg)}
 
 
 def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
     """results.json, all but the bytes: every number a record needs, measured here and now."""
     seconds = t.clock.spent if t else 0.0
     steps = t.state.step if t else 0
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return {
         "run_id": cfg.run.id or world.run_dir.name,
         "config": knob_values(cfg),
@@ -7490,11 +7403,7 @@ def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: C
         "world_size": world.size,
         "device": str(world.device),
         "dtype": str(world.dtype),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions,
         "stage": SOURCE_STAGE,
         "source_sha256": facts.sha256,
         "steps": steps,

@@ -48,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -76,15 +76,9 @@ class UserError(Exception):
 
 
 def knob(  # noqa: PLR0913 -- a knob is one row
-    env: str,
-    default: object,
-    doc: str,
-    *,
-    choices: tuple = (),
-    within: tuple = (None, None),
-    tiny: object = None,
-    on: object = None,
-) -> object:
+    env: str, default: object, doc: str, *,
+    choices: tuple = (), within: tuple = (None, None), tiny: object = None, on: object = None,
+) -> object:  # fmt: skip
     """One knob, one row: name, default, meaning, allowed values, its value in a tiny test run, and the value
     that switches its feature on there; a bool and a choice need no such value. Where the default is off, the
     tiny value is that of a feature that is on."""
@@ -767,6 +761,20 @@ def expert_rules(cfg: Config) -> list[tuple[bool, str]]:
         (not cfg.moe.on or cfg.optim.matrices == "muon", "MOE_ENABLED=1 wants MATRIX_OPTIMIZER=muon: Adam "
          "would decay and move experts that no token took"),
     ]
+
+
+def choice_rules(cfg: Config) -> list[tuple[bool, str]]:
+    """Of what is chosen by round trips."""
+    low, high, least, most = cfg.search.low, cfg.search.high, cfg.search.scale_low, cfg.search.scale_high
+    return [
+        (low <= high, f"TERNARY_THRESHOLD_LOW={low} is above TERNARY_THRESHOLD_HIGH={high}"),
+        (least <= most, f"TERNARY_SCALE_MULT_LOW={least} is above TERNARY_SCALE_MULT_HIGH={most}"),
+        (not cfg.proxy.align or searches(cfg), "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and "
+         "TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
+        (tokens_held_out(cfg) >= held_out_read(cfg), f"HELD_OUT_TOKENS={cfg.proxy.held_out} is less than the "
+         f"{held_out_read(cfg)} tokens that EXPORT_PROXY_TOKENS and CALIB_PROXY_MAX_TOK read; raise it, or 0 "
+         "for just as many"),
+    ]
 # fmt: on
 
 
@@ -803,22 +811,6 @@ def held_out_read(cfg: Config) -> int:
 @of_config
 def tokens_held_out(cfg: Config) -> int:
     return cfg.proxy.held_out or held_out_read(cfg)
-
-
-# fmt: off
-def choice_rules(cfg: Config) -> list[tuple[bool, str]]:
-    """Of what is chosen by round trips."""
-    low, high, least, most = cfg.search.low, cfg.search.high, cfg.search.scale_low, cfg.search.scale_high
-    return [
-        (low <= high, f"TERNARY_THRESHOLD_LOW={low} is above TERNARY_THRESHOLD_HIGH={high}"),
-        (least <= most, f"TERNARY_SCALE_MULT_LOW={least} is above TERNARY_SCALE_MULT_HIGH={most}"),
-        (not cfg.proxy.align or searches(cfg), "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and "
-         "TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
-        (tokens_held_out(cfg) >= held_out_read(cfg), f"HELD_OUT_TOKENS={cfg.proxy.held_out} is less than the "
-         f"{held_out_read(cfg)} tokens that EXPORT_PROXY_TOKENS and CALIB_PROXY_MAX_TOK read; raise it, or 0 "
-         "for just as many"),
-    ]
-# fmt: on
 
 
 # What SIZE_LADDER may lower: knob -> (kinds of tensors, field of their codec).
@@ -1256,15 +1248,13 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     lr = max(lr, cfg.schedule.min_lr)
     warm = min(at.step / cfg.optim.momentum_steps, 1.0) if cfg.optim.momentum_steps else 1.0
     momentum = (1 - warm) * cfg.optim.momentum_start + warm * cfg.optim.momentum
-    looping = cfg.loop.on and fraction(at, cfg) >= cfg.loop.at
+    loops = cfg.loop.count if cfg.loop.on and fraction(at, cfg) >= cfg.loop.at else 0
     qat = cfg.qat_from_start or lr < cfg.schedule.late_qat
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
     routing = routing_at(at, cfg) if cfg.moe.on else 1.0
     extra = cfg.moe.extra * (routing < 1)
     averages = fraction(at, cfg) >= cfg.optim.ema_start
-    return Phase(
-        lr, momentum, cfg.loop.count if looping else 0, qat, decay, routing, extra, averages=averages
-    )
+    return Phase(lr, momentum, loops, qat, decay, routing, extra, averages)
 
 
 def final_phase(cfg: Config) -> Phase:
@@ -3326,9 +3316,7 @@ def unstream(values: np.ndarray) -> Tensor:
 class Half:
     """float16, for gains, scales and whatever is too small to be worth more thought."""
 
-    @property
-    def name(self) -> str:
-        return "half"
+    name: ClassVar[str] = "half"
 
     def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return through(w, w.detach().half().to(w.dtype))
@@ -3494,20 +3482,17 @@ class LowRank:
 
     def decode(self, streams: Streams, shape: Shape) -> Tensor:
         (rows, cols), rank = row_shape(shape), self.rank_of(shape)
-        factors = []
-        for key, _, _, each in self.forms(shape):
-            factors.append(unstream(streams[key]).view(-1, each) * unstream(streams[f"{key}.scale"])[:, None])
-        return self.base.decode(streams, shape) + (
-            factors[0].view(rows, rank) @ factors[1].view(rank, cols)
-        ).view(shape)
+        left, right = (
+            unstream(streams[key]).view(-1, each) * unstream(streams[f"{key}.scale"])[:, None]
+            for key, _, _, each in self.forms(shape)
+        )
+        return self.base.decode(streams, shape) + (left.view(rows, rank) @ right.view(rank, cols)).view(shape)
 
     def planes(self, shape: Shape) -> dict[str, Plane]:
         rank, found = self.rank_of(shape), self.base.planes(shape)
         for (key, low, high, each), size in zip(self.forms(shape), row_shape(shape), strict=True):
-            found |= {
-                key: Plane(rank * size // each, each, low, high),
-                f"{key}.scale": Plane(rank * size // each, 1),
-            }
+            count = rank * size // each
+            found |= {key: Plane(count, each, low, high), f"{key}.scale": Plane(count, 1)}
         return found
 
     def bits(self, shape: Shape) -> float:
@@ -3608,10 +3593,8 @@ class Ternary:
         trits = {"ternary.q": Plane(rows, self.trits(shape), -1, 1)}
         if not self.log_step:
             return trits | {"ternary.scale": Plane(rows, groups)}
-        return trits | {
-            "ternary.mean": Plane(rows, 1, -(2**15), 2**15 - 1),
-            "ternary.rest": Plane(rows, groups, -127, 127),
-        }
+        mean, rest = Plane(rows, 1, -(2**15), 2**15 - 1), Plane(rows, groups, -127, 127)
+        return trits | {"ternary.mean": mean, "ternary.rest": rest}
 
     def bits(self, shape: Shape) -> float:
         """Expected size: a third of the trits are zeros, full entropy, of which rows and columns that differ
@@ -3642,9 +3625,7 @@ def row_scale(rows: Tensor) -> Tensor:
 class Fp8:
     """float8 e4m3 of w / (a / 448), with the greatest |w| of each row, a, in float16 (SKC notes 2.2)."""
 
-    @property
-    def name(self) -> str:
-        return "fp8"
+    name: ClassVar[str] = "fp8"
 
     def cast(self, rows: Tensor, a: Tensor) -> Tensor:
         """Clamped first: whether an overflowing cast saturates depends on the torch release."""
@@ -3682,9 +3663,7 @@ class Fp4:
     Called fp4 where it was published; the grid is uniform (SKC notes 2.2).
     """
 
-    @property
-    def name(self) -> str:
-        return "fp4"
+    name: ClassVar[str] = "fp4"
 
     def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         rows = as_rows_of(w)
@@ -3712,9 +3691,7 @@ class Fp4:
 class Absent:
     """No bytes at all, for what only training needs; the loaded model has zeros there."""
 
-    @property
-    def name(self) -> str:
-        return "none"
+    name: ClassVar[str] = "none"
 
     def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return torch.zeros_like(w)
@@ -4216,16 +4193,7 @@ def codec_named(name: str, bits: int, sigmas: float, cfg: Config) -> Codec:
         return Fp8()
     if "fp4" in cfg.export.codecs and name == "fp4":
         return Fp4()
-    return integer_codec(bits, sigmas, cfg)
-
-
-def integer_codec(bits: int, sigmas: float, cfg: Config) -> Codec:
     return Half() if bits == 16 else IntRow(bits, sigmas, cfg.export.clip_percentile, cfg.export.scale_floor)
-
-
-def gate_codec(cfg: Config) -> Codec:
-    """Of the gates of heads: rows of int8, as record 1886 has them, or float16."""
-    return IntRow(8) if cfg.attn.gate_int8 else Half()
 
 
 def starts_of(ctx: Ctx) -> Tensor:
@@ -4454,7 +4422,7 @@ class HeadGate(Weighted):
         super().__init__()
         self.form = form
         self.weight = nn.Parameter(torch.zeros(cfg.model.heads, form.window).normal_(0.0, form.std))
-        self.tags = {"weight": Tag(gate_codec(cfg), "other")}
+        self.tags = {"weight": Tag(IntRow(8) if cfg.attn.gate_int8 else Half(), "other")}
         if form.bias is not None:
             self.bias = nn.Parameter(torch.full((cfg.model.heads,), form.bias))
             self.tags["bias"] = Tag(Half(), "other")
@@ -4530,9 +4498,8 @@ class Attention(nn.Module):
         if self.cfg.attn.gated:
             for gate in self.gates.values():
                 y = y * gate(x, queries, ctx.phase)
-        return Out(
-            self.proj(y.flatten(2), ctx.phase), NO_AUX, first if self.cfg.attn.value_residual else None
-        )
+        first = first if self.cfg.attn.value_residual else None
+        return Out(self.proj(y.flatten(2), ctx.phase), NO_AUX, first)
 
     def read(self, x: Tensor, phase: Phase) -> tuple[Tensor, ...]:  # (B,T,D) -> (B,T,H*K), (B,T,G*K) twice
         if self.cfg.attn.fused_qkv:
@@ -4917,9 +4884,8 @@ class GPT(nn.Module):
         if cfg.input.values:
             self.value_table = ValueTable(cfg)
         if not cfg.model.tied:
-            self.head = Proj(
-                cfg.model.embed_width, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True
-            )
+            tag = Tag(embed_codec(cfg), "head", "embed")
+            self.head = Proj(cfg.model.embed_width, cfg.model.vocab, tag, zero=True)
         if cfg.model.vocab_bias:
             self.vocab_bias = nn.Parameter(torch.zeros(cfg.model.vocab))
             self.tags["vocab_bias"] = Tag(Half(), "scalar")
@@ -4968,9 +4934,7 @@ class GPT(nn.Module):
             return Out(norm(self.read_out(x)), *self.tally(aux, calls))
         return Out(norm(self.read_out(x)), aux)
 
-    def tally(
-        self, aux: dict[str, Tensor], calls: list[tuple[int, Tensor | None]]
-    ) -> tuple[dict[str, Tensor], None, Tensor]:
+    def tally(self, aux: dict[str, Tensor], calls: list[tuple[int, Tensor | None]]) -> tuple:
         """Balance as the mean of all calls of experts; how often each was taken (layers,E), by all calls."""
         calls = [(layer, counts) for layer, counts in calls if counts is not None]
         layers = range(self.cfg.experts_start, self.cfg.model.layers)
@@ -5316,7 +5280,8 @@ def unlike(fast: Callable, plain: Callable, inputs: list[Tensor]) -> str:
 
 def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
     """Knob -> what is wrong with its kernel on this device, of those that the run would use."""
-    random, width = torch.Generator(world.device).manual_seed(0), cfg.model.dim
+    random = torch.Generator(world.device).manual_seed(0)
+    width, narrow = cfg.model.dim, cfg.model.embed_width
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device=world.device).to(world.dtype)
@@ -5326,10 +5291,7 @@ def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
         targets = torch.arange(384, device=world.device) % cfg.model.vocab
         both = model.loss_of, tanh_alone(softcapped_nll_ref, cfg.model.softcap)
         forms = [lambda hidden, weight, f=f: f(hidden, weight, targets)[0] for f in both]
-        inputs = [
-            3.0 * draw(384, cfg.model.embed_width),
-            draw(cfg.model.vocab, cfg.model.embed_width) / width**0.5,
-        ]
+        inputs = [3.0 * draw(384, narrow), draw(cfg.model.vocab, narrow) / width**0.5]
         tried["FUSED_CE_ENABLED"] = unlike(*forms, inputs)
     if cfg.fuses_mlp and world.dtype == torch.bfloat16:
         forms = [functools.partial(f, slope=cfg.model.slope) for f in (squared_mlp(), squared_mlp_ref)]
@@ -5362,8 +5324,7 @@ def settle_kernels(model: GPT, cfg: Config, world: World) -> None:
 @of_config
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
-    z, balance = cfg.model.z_loss, cfg.moe.balance
-    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": z, "balance": balance}
+    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": cfg.model.z_loss, "balance": cfg.moe.balance}
 
 
 def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
@@ -5507,9 +5468,8 @@ class Muon:
         params = [matrix for p in members.values() for matrix in matrices_of(p)]
         share = -(-len(names) // self.world.size)
         padding = params[0].new_zeros(share * self.world.size - len(names), *params[0].shape)
-        return Stack(
-            names, list(members.values()), params, padding, params[0].new_zeros(share, *params[0].shape)
-        )
+        momentum = params[0].new_zeros(share, *params[0].shape)
+        return Stack(names, list(members.values()), params, padding, momentum)
 
     def share_gradients(self) -> list[tuple[Tensor, Pending]]:
         """Start averaging the gradients; of each stack, the share (share,R,C) that will be here."""
@@ -6188,12 +6148,8 @@ def search_grids(model: GPT, loader: Loader, cfg: Config, world: World, pace: Pa
     for name in names * (2 if cfg.search.again else 1):
         for at, values in search_axes(cfg):
             best = trial.along(grids[name], at, values, best)
-    return {
-        "evals": trial.count,
-        "cut": trial.stopped,
-        "nats": [first, best],
-        "grids": {name: [round(x, 6) for x in grids[name].tolist()] for name in names},
-    }
+    found = {name: [round(x, 6) for x in grids[name].tolist()] for name in names}
+    return {"evals": trial.count, "cut": trial.stopped, "nats": [first, best], "grids": found}
 
 
 # ======================================================================================
@@ -6798,12 +6754,8 @@ def export(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         coded = threads.map(lambda pool: code_pool(pool, cfg.size.compressor), pools.values())
         coded = dict(zip(pools, coded, strict=True))
-    header = {
-        "knobs": shape_knobs(cfg),
-        "config_hash": config_hash(cfg),
-        "tensors": rows,
-        "streams": [[kind, c.coder, len(c.data)] for kind, c in coded.items()],
-    }
+    header = {"knobs": shape_knobs(cfg), "config_hash": config_hash(cfg), "tensors": rows}
+    header["streams"] = [[kind, c.coder, len(c.data)] for kind, c in coded.items()]
     header, payload = squeeze(json.dumps(header).encode()), b"".join(c.data for c in coded.values())
     blob = pack_container(ARTIFACT_MAGIC, ARTIFACT_VERSION, header, payload)
     return Shipment(blob, rows, streams, planes, coded)
@@ -7221,17 +7173,14 @@ def score_artifact(blob: bytes, val: Validation, cfg: Config, world: World) -> d
     """Load the artifact's bytes into a fresh model and score that; the declared score is logged last."""
     model = load(blob, cfg, world, "the artifact")
     strides = {"roundtrip": cfg.eval_len} | ({"sliding": cfg.scoring.stride} if cfg.scoring.sliding else {})
-    tags = {
-        "roundtrip": ("quantized", "roundtrip_exact"),
-        "sliding": ("quantized_sliding_window", "sliding_window_exact"),
-    }
+    words = {"roundtrip": ("", "roundtrip"), "sliding": ("_sliding_window", "sliding_window")}
     scores = {}
     for name in sorted(strides, key=lambda n: n == cfg.run.score):
         with world.journal.phase(f"eval_{name}"):
             scores[name], nats = evaluate(model, val, strides[name], cfg, world)
-        world.log(f"{tags[name][0]} {scores[name].line()}")
+        world.log(f"quantized{words[name][0]} {scores[name].line()}")
         world.log(
-            f"final_{scheme(cfg)}_{tags[name][1]} val_loss:{scores[name].val_loss:.8f} "
+            f"final_{scheme(cfg)}_{words[name][1]}_exact val_loss:{scores[name].val_loss:.8f} "
             f"val_bpb:{scores[name].val_bpb:.8f}" + " partial" * scores[name].partial
         )
         if cfg.run.nll_path and name == cfg.run.score:

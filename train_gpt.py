@@ -48,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -76,15 +76,9 @@ class UserError(Exception):
 
 
 def knob(  # noqa: PLR0913 -- a knob is one row
-    env: str,
-    default: object,
-    doc: str,
-    *,
-    choices: tuple = (),
-    within: tuple = (None, None),
-    tiny: object = None,
-    on: object = None,
-) -> object:
+    env: str, default: object, doc: str, *,
+    choices: tuple = (), within: tuple = (None, None), tiny: object = None, on: object = None,
+) -> object:  # fmt: skip
     """One knob, one row: name, default, meaning, allowed values, its value in a tiny test run, and the value
     that switches its feature on there; a bool and a choice need no such value. Where the default is off, the
     tiny value is that of a feature that is on."""
@@ -767,6 +761,20 @@ def expert_rules(cfg: Config) -> list[tuple[bool, str]]:
         (not cfg.moe.on or cfg.optim.matrices == "muon", "MOE_ENABLED=1 wants MATRIX_OPTIMIZER=muon: Adam "
          "would decay and move experts that no token took"),
     ]
+
+
+def choice_rules(cfg: Config) -> list[tuple[bool, str]]:
+    """Of what is chosen by round trips."""
+    low, high, least, most = cfg.search.low, cfg.search.high, cfg.search.scale_low, cfg.search.scale_high
+    return [
+        (low <= high, f"TERNARY_THRESHOLD_LOW={low} is above TERNARY_THRESHOLD_HIGH={high}"),
+        (least <= most, f"TERNARY_SCALE_MULT_LOW={least} is above TERNARY_SCALE_MULT_HIGH={most}"),
+        (not cfg.proxy.align or searches(cfg), "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and "
+         "TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
+        (tokens_held_out(cfg) >= held_out_read(cfg), f"HELD_OUT_TOKENS={cfg.proxy.held_out} is less than the "
+         f"{held_out_read(cfg)} tokens that EXPORT_PROXY_TOKENS and CALIB_PROXY_MAX_TOK read; raise it, or 0 "
+         "for just as many"),
+    ]
 # fmt: on
 
 
@@ -803,22 +811,6 @@ def held_out_read(cfg: Config) -> int:
 @of_config
 def tokens_held_out(cfg: Config) -> int:
     return cfg.proxy.held_out or held_out_read(cfg)
-
-
-# fmt: off
-def choice_rules(cfg: Config) -> list[tuple[bool, str]]:
-    """Of what is chosen by round trips."""
-    low, high, least, most = cfg.search.low, cfg.search.high, cfg.search.scale_low, cfg.search.scale_high
-    return [
-        (low <= high, f"TERNARY_THRESHOLD_LOW={low} is above TERNARY_THRESHOLD_HIGH={high}"),
-        (least <= most, f"TERNARY_SCALE_MULT_LOW={least} is above TERNARY_SCALE_MULT_HIGH={most}"),
-        (not cfg.proxy.align or searches(cfg), "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and "
-         "TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
-        (tokens_held_out(cfg) >= held_out_read(cfg), f"HELD_OUT_TOKENS={cfg.proxy.held_out} is less than the "
-         f"{held_out_read(cfg)} tokens that EXPORT_PROXY_TOKENS and CALIB_PROXY_MAX_TOK read; raise it, or 0 "
-         "for just as many"),
-    ]
-# fmt: on
 
 
 # What SIZE_LADDER may lower: knob -> (kinds of tensors, field of their codec).
@@ -878,15 +870,10 @@ ALIASES = {
 # Published values that we call otherwise: record 1855's lrzip over one file per kind of matrix, and SKC's
 # modes, which all ship ternary matrices and differ in whether brotli is tried; "gptq" is no GPTQ there.
 VALUE_ALIASES = {
-    ("COMPRESSOR", "pergroup"): "auto",
-    ("MATRIX_OPTIMIZER", "adam"): "adamw",
-    ("COMPRESSOR", "1"): "auto",
-    ("COMPRESSOR", "0"): "lzma",
-    ("TERNARY_CLIP_MODE", "1"): "percentile",
-    ("TERNARY_CLIP_MODE", "0"): "none",
-    ("MATRIX_CODEC", "ternary_lzma"): "ternary",
-    ("MATRIX_CODEC", "competition_ternary"): "ternary",
-    ("MATRIX_CODEC", "competition_gptq"): "ternary",
+    "COMPRESSOR": {"pergroup": "auto", "1": "auto", "0": "lzma"},
+    "MATRIX_OPTIMIZER": {"adam": "adamw"},
+    "TERNARY_CLIP_MODE": {"1": "percentile", "0": "none"},
+    "MATRIX_CODEC": dict.fromkeys(("ternary_lzma", "competition_ternary", "competition_gptq"), "ternary"),
 }
 # Published names from which the values of others follow.
 DERIVING = ("DATA_DIR", "FP_STORAGE", "ACTIVATION", "LEAKY_RELU_SLOPE", "EMA_ENABLED", "EMA_EVAL_APPLY")
@@ -931,16 +918,7 @@ NOT_HERE = {
     "UNTIE_AT_FRACTION": ("0", "TIE_EMBEDDINGS holds for the whole run"),
     "CHURN_LOG_EVERY": ("0", "no churn of trits is logged"),
 }
-TRUTH = {
-    "0": False,
-    "1": True,
-    "false": False,
-    "true": True,
-    "no": False,
-    "yes": True,
-    "off": False,
-    "on": True,
-}
+TRUTH = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
 @functools.cache
@@ -963,9 +941,8 @@ def resolve_aliases(env: dict[str, str]) -> dict[str, str]:
         if env.get(new, env[old]) != env[old]:
             raise UserError(f"{old}={env[old]!r} is another name of {new}={env[new]!r}; set one of them")
         out[new] = out.pop(old)
-    for (name, value), ours in VALUE_ALIASES.items():
-        if out.get(name) == value:
-            out[name] = ours
+    for name in VALUE_ALIASES.keys() & out.keys():
+        out[name] = VALUE_ALIASES[name].get(out[name], out[name])
     refuse_what_is_not_here(out)
     out = with_derived(out)
     out |= published_average(out)
@@ -1271,15 +1248,13 @@ def phase_at(at: Progress, cfg: Config) -> Phase:
     lr = max(lr, cfg.schedule.min_lr)
     warm = min(at.step / cfg.optim.momentum_steps, 1.0) if cfg.optim.momentum_steps else 1.0
     momentum = (1 - warm) * cfg.optim.momentum_start + warm * cfg.optim.momentum
-    looping = cfg.loop.on and fraction(at, cfg) >= cfg.loop.at
+    loops = cfg.loop.count if cfg.loop.on and fraction(at, cfg) >= cfg.loop.at else 0
     qat = cfg.qat_from_start or lr < cfg.schedule.late_qat
     decay = decay_taper(at, cfg) if cfg.optim.wd_taper_final < 1 else 1.0
     routing = routing_at(at, cfg) if cfg.moe.on else 1.0
     extra = cfg.moe.extra * (routing < 1)
     averages = fraction(at, cfg) >= cfg.optim.ema_start
-    return Phase(
-        lr, momentum, cfg.loop.count if looping else 0, qat, decay, routing, extra, averages=averages
-    )
+    return Phase(lr, momentum, loops, qat, decay, routing, extra, averages)
 
 
 def final_phase(cfg: Config) -> Phase:
@@ -2483,12 +2458,9 @@ def document_mask(docs: Tensor, total: int, kind: type) -> object:
     clear = (first[(tile * 128 + 127).clamp(max=total - 1)] + 127) // 128  # whole in sight of the last query
     seen = (tile >= low[:, None]) & (tile <= tile[:, None])
     full = seen & (tile >= clear[:, None]) & (tile < tile[:, None]) & (tile[:, None] < total // 128)
+    tiles, shape = (*ordered_tiles(seen & ~full), *ordered_tiles(full)), (total, total)
     return kind.from_kv_blocks(
-        *ordered_tiles(seen & ~full),
-        *ordered_tiles(full),
-        BLOCK_SIZE=128,
-        mask_mod=lambda b, h, i, j: (j <= i) & (j >= first[i]),
-        seq_lengths=(total, total),
+        *tiles, BLOCK_SIZE=128, mask_mod=lambda b, h, i, j: (j <= i) & (j >= first[i]), seq_lengths=shape
     )
 
 
@@ -2805,15 +2777,10 @@ class ChunkedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx: object,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        form: Form,
-        fast: bool,
+    def forward(
+        ctx: object, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, how: tuple
     ) -> tuple[Tensor, Tensor]:
+        form, fast = how
         ctx.form, ctx.pick = form, compiled_once if fast else (lambda f: f)
         ctx.save_for_backward(hidden, weight, targets, bias)
         cast, rows = weight.to(hidden.dtype), chunk_rows(len(hidden), len(weight), hidden.is_cuda)
@@ -2837,14 +2804,14 @@ class ChunkedForm(torch.autograd.Function):
             by_weight += more
             if bias is not None:
                 by_bias += moved
-        return by_hidden, by_weight, None, by_bias, None, None
+        return by_hidden, by_weight, None, by_bias, None
 
 
 def formed_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, form: Form, fast: bool
 ) -> tuple[Tensor, Tensor]:
     """formed_nll_ref by chunks; `fast` compiles what is done to each."""
-    return ChunkedForm.apply(hidden, weight, targets, bias, form, fast)
+    return ChunkedForm.apply(hidden, weight, targets, bias, (form, fast))
 
 
 def tanh_alone(loss: Callable, cap: float) -> Callable:
@@ -3349,9 +3316,7 @@ def unstream(values: np.ndarray) -> Tensor:
 class Half:
     """float16, for gains, scales and whatever is too small to be worth more thought."""
 
-    @property
-    def name(self) -> str:
-        return "half"
+    name: ClassVar[str] = "half"
 
     def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return through(w, w.detach().half().to(w.dtype))
@@ -3517,20 +3482,17 @@ class LowRank:
 
     def decode(self, streams: Streams, shape: Shape) -> Tensor:
         (rows, cols), rank = row_shape(shape), self.rank_of(shape)
-        factors = []
-        for key, _, _, each in self.forms(shape):
-            factors.append(unstream(streams[key]).view(-1, each) * unstream(streams[f"{key}.scale"])[:, None])
-        return self.base.decode(streams, shape) + (
-            factors[0].view(rows, rank) @ factors[1].view(rank, cols)
-        ).view(shape)
+        left, right = (
+            unstream(streams[key]).view(-1, each) * unstream(streams[f"{key}.scale"])[:, None]
+            for key, _, _, each in self.forms(shape)
+        )
+        return self.base.decode(streams, shape) + (left.view(rows, rank) @ right.view(rank, cols)).view(shape)
 
     def planes(self, shape: Shape) -> dict[str, Plane]:
         rank, found = self.rank_of(shape), self.base.planes(shape)
         for (key, low, high, each), size in zip(self.forms(shape), row_shape(shape), strict=True):
-            found |= {
-                key: Plane(rank * size // each, each, low, high),
-                f"{key}.scale": Plane(rank * size // each, 1),
-            }
+            count = rank * size // each
+            found |= {key: Plane(count, each, low, high), f"{key}.scale": Plane(count, 1)}
         return found
 
     def bits(self, shape: Shape) -> float:
@@ -3631,10 +3593,8 @@ class Ternary:
         trits = {"ternary.q": Plane(rows, self.trits(shape), -1, 1)}
         if not self.log_step:
             return trits | {"ternary.scale": Plane(rows, groups)}
-        return trits | {
-            "ternary.mean": Plane(rows, 1, -(2**15), 2**15 - 1),
-            "ternary.rest": Plane(rows, groups, -127, 127),
-        }
+        mean, rest = Plane(rows, 1, -(2**15), 2**15 - 1), Plane(rows, groups, -127, 127)
+        return trits | {"ternary.mean": mean, "ternary.rest": rest}
 
     def bits(self, shape: Shape) -> float:
         """Expected size: a third of the trits are zeros, full entropy, of which rows and columns that differ
@@ -3665,9 +3625,7 @@ def row_scale(rows: Tensor) -> Tensor:
 class Fp8:
     """float8 e4m3 of w / (a / 448), with the greatest |w| of each row, a, in float16 (SKC notes 2.2)."""
 
-    @property
-    def name(self) -> str:
-        return "fp8"
+    name: ClassVar[str] = "fp8"
 
     def cast(self, rows: Tensor, a: Tensor) -> Tensor:
         """Clamped first: whether an overflowing cast saturates depends on the torch release."""
@@ -3705,9 +3663,7 @@ class Fp4:
     Called fp4 where it was published; the grid is uniform (SKC notes 2.2).
     """
 
-    @property
-    def name(self) -> str:
-        return "fp4"
+    name: ClassVar[str] = "fp4"
 
     def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         rows = as_rows_of(w)
@@ -3735,9 +3691,7 @@ class Fp4:
 class Absent:
     """No bytes at all, for what only training needs; the loaded model has zeros there."""
 
-    @property
-    def name(self) -> str:
-        return "none"
+    name: ClassVar[str] = "none"
 
     def fake_quant(self, w: Tensor, grid: Tensor | None = None) -> Tensor:
         return torch.zeros_like(w)
@@ -4239,16 +4193,7 @@ def codec_named(name: str, bits: int, sigmas: float, cfg: Config) -> Codec:
         return Fp8()
     if "fp4" in cfg.export.codecs and name == "fp4":
         return Fp4()
-    return integer_codec(bits, sigmas, cfg)
-
-
-def integer_codec(bits: int, sigmas: float, cfg: Config) -> Codec:
     return Half() if bits == 16 else IntRow(bits, sigmas, cfg.export.clip_percentile, cfg.export.scale_floor)
-
-
-def gate_codec(cfg: Config) -> Codec:
-    """Of the gates of heads: rows of int8, as record 1886 has them, or float16."""
-    return IntRow(8) if cfg.attn.gate_int8 else Half()
 
 
 def starts_of(ctx: Ctx) -> Tensor:
@@ -4477,7 +4422,7 @@ class HeadGate(Weighted):
         super().__init__()
         self.form = form
         self.weight = nn.Parameter(torch.zeros(cfg.model.heads, form.window).normal_(0.0, form.std))
-        self.tags = {"weight": Tag(gate_codec(cfg), "other")}
+        self.tags = {"weight": Tag(IntRow(8) if cfg.attn.gate_int8 else Half(), "other")}
         if form.bias is not None:
             self.bias = nn.Parameter(torch.full((cfg.model.heads,), form.bias))
             self.tags["bias"] = Tag(Half(), "other")
@@ -4553,9 +4498,8 @@ class Attention(nn.Module):
         if self.cfg.attn.gated:
             for gate in self.gates.values():
                 y = y * gate(x, queries, ctx.phase)
-        return Out(
-            self.proj(y.flatten(2), ctx.phase), NO_AUX, first if self.cfg.attn.value_residual else None
-        )
+        first = first if self.cfg.attn.value_residual else None
+        return Out(self.proj(y.flatten(2), ctx.phase), NO_AUX, first)
 
     def read(self, x: Tensor, phase: Phase) -> tuple[Tensor, ...]:  # (B,T,D) -> (B,T,H*K), (B,T,G*K) twice
         if self.cfg.attn.fused_qkv:
@@ -4940,9 +4884,8 @@ class GPT(nn.Module):
         if cfg.input.values:
             self.value_table = ValueTable(cfg)
         if not cfg.model.tied:
-            self.head = Proj(
-                cfg.model.embed_width, cfg.model.vocab, Tag(embed_codec(cfg), "head", "embed"), zero=True
-            )
+            tag = Tag(embed_codec(cfg), "head", "embed")
+            self.head = Proj(cfg.model.embed_width, cfg.model.vocab, tag, zero=True)
         if cfg.model.vocab_bias:
             self.vocab_bias = nn.Parameter(torch.zeros(cfg.model.vocab))
             self.tags["vocab_bias"] = Tag(Half(), "scalar")
@@ -4978,25 +4921,20 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # another object: a graph is specialised on inputs being one and the same
         plan, kept, aux, ctx = layer_plan(self.cfg, ctx.phase.loops), [], NO_AUX, self.filled(ctx, x)
         calls: list[tuple[int, Tensor]] = []
-        for layer in plan.encoder:
-            out, ctx = self.visit(layer, x, x0, ctx)
-            x, kept, aux = out.y, [*kept, out.y], add_aux(aux, out.aux)
-            if self.cfg.moe.on:
-                calls.append((layer, out.counts))
-        for j, layer in enumerate(plan.decoder):
-            if j < plan.skips:
+        for j, layer in enumerate([*plan.encoder, *plan.decoder], -len(plan.encoder)):
+            if 0 <= j < plan.skips:
                 x = self.skip((j, layer), x, kept[-1 - j], ctx.phase)
             out, ctx = self.visit(layer, x, x0, ctx)
             x, aux = out.y, add_aux(aux, out.aux)
+            if j < 0:  # still on the way down
+                kept.append(x)
             if self.cfg.moe.on:
                 calls.append((layer, out.counts))
         if self.cfg.moe.on:
             return Out(norm(self.read_out(x)), *self.tally(aux, calls))
         return Out(norm(self.read_out(x)), aux)
 
-    def tally(
-        self, aux: dict[str, Tensor], calls: list[tuple[int, Tensor | None]]
-    ) -> tuple[dict[str, Tensor], None, Tensor]:
+    def tally(self, aux: dict[str, Tensor], calls: list[tuple[int, Tensor | None]]) -> tuple:
         """Balance as the mean of all calls of experts; how often each was taken (layers,E), by all calls."""
         calls = [(layer, counts) for layer, counts in calls if counts is not None]
         layers = range(self.cfg.experts_start, self.cfg.model.layers)
@@ -5196,12 +5134,8 @@ def make_fast(model: GPT, world: World) -> GPT:
     CUDA graphs are not offered: what autograd keeps as `p.grad` is a graph's output, and the replay for the
     next micro-batch invalidates or overwrites it (pytorch issues 169545: an error, 96693: wrong sums).
     """
-    if (
-        world.compiling
-        and model.cfg.data.packing
-        and model.attention_name == "sdpa"
-        and world.device.type != "cpu"
-    ):
+    plain = world.device.type != "cpu" and model.attention_name == "sdpa"
+    if model.cfg.data.packing and world.compiling and plain:
         raise UserError(
             "DOC_PACKING=1 finds no kernel for documents of any length here: want DTYPE=bfloat16 and "
             "flash-attn or torch >= 2.10, or ATTENTION=flex; or set COMPILE=0, which is slow"
@@ -5346,7 +5280,8 @@ def unlike(fast: Callable, plain: Callable, inputs: list[Tensor]) -> str:
 
 def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
     """Knob -> what is wrong with its kernel on this device, of those that the run would use."""
-    random, width = torch.Generator(world.device).manual_seed(0), cfg.model.dim
+    random = torch.Generator(world.device).manual_seed(0)
+    width, narrow = cfg.model.dim, cfg.model.embed_width
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device=world.device).to(world.dtype)
@@ -5356,10 +5291,7 @@ def failing_kernels(model: GPT, cfg: Config, world: World) -> dict[str, str]:
         targets = torch.arange(384, device=world.device) % cfg.model.vocab
         both = model.loss_of, tanh_alone(softcapped_nll_ref, cfg.model.softcap)
         forms = [lambda hidden, weight, f=f: f(hidden, weight, targets)[0] for f in both]
-        inputs = [
-            3.0 * draw(384, cfg.model.embed_width),
-            draw(cfg.model.vocab, cfg.model.embed_width) / width**0.5,
-        ]
+        inputs = [3.0 * draw(384, narrow), draw(cfg.model.vocab, narrow) / width**0.5]
         tried["FUSED_CE_ENABLED"] = unlike(*forms, inputs)
     if cfg.fuses_mlp and world.dtype == torch.bfloat16:
         forms = [functools.partial(f, slope=cfg.model.slope) for f in (squared_mlp(), squared_mlp_ref)]
@@ -5392,8 +5324,7 @@ def settle_kernels(model: GPT, cfg: Config, world: World) -> None:
 @of_config
 def loss_weights(cfg: Config) -> dict[str, float]:
     """Weight of each loss in the total. A loss without a row here is a KeyError, not a silence."""
-    z, balance = cfg.model.z_loss, cfg.moe.balance
-    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": z, "balance": balance}
+    return {"nll": 1.0, "ahead": cfg.ahead.weight, "z": cfg.model.z_loss, "balance": cfg.moe.balance}
 
 
 def objective(model: GPT, batch: Batch, phase: Phase, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
@@ -5537,9 +5468,8 @@ class Muon:
         params = [matrix for p in members.values() for matrix in matrices_of(p)]
         share = -(-len(names) // self.world.size)
         padding = params[0].new_zeros(share * self.world.size - len(names), *params[0].shape)
-        return Stack(
-            names, list(members.values()), params, padding, params[0].new_zeros(share, *params[0].shape)
-        )
+        momentum = params[0].new_zeros(share, *params[0].shape)
+        return Stack(names, list(members.values()), params, padding, momentum)
 
     def share_gradients(self) -> list[tuple[Tensor, Pending]]:
         """Start averaging the gradients; of each stack, the share (share,R,C) that will be here."""
@@ -5617,17 +5547,11 @@ class Optimizer:
         self.rates = {kind: rate for kind, (_, rate, _) in self.rules.items()}
         kinds = [kind for kind, (algorithm, _, _) in self.rules.items() if algorithm == "adam"]
         self.muon = Muon(self.groups["muon"] if "muon" not in kinds else {}, cfg, world)
+        rows = [
+            {"params": [*self.groups[k].values()], "kind": k, "weight_decay": self.rules[k][2]} for k in kinds
+        ]
         betas = (cfg.optim.beta1, cfg.optim.beta2)
-        self.adam = torch.optim.AdamW(
-            [
-                {"params": list(self.groups[k].values()), "kind": k, "weight_decay": self.rules[k][2]}
-                for k in kinds
-            ],
-            lr=0.0,
-            betas=betas,
-            eps=cfg.optim.eps,
-            fused=True,
-        )
+        self.adam = torch.optim.AdamW(rows, lr=0.0, betas=betas, eps=cfg.optim.eps, fused=True)
         self.adam.grad_scale = None
         # embedding, head, then the others as they were declared: the norm's last bits depend on the order
         place = {n: {"embed": 0, "head": 1}.get(k, 2) for k in kinds for n in self.groups[k]}
@@ -5674,11 +5598,8 @@ class Optimizer:
         """Make Adam allocate its moments without moving anything, so that `state` is whole before step 0."""
         for group in self.adam.param_groups:
             for p in group["params"]:
-                self.adam.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+                moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     def table(self) -> list[str]:
         """Lines for the log: who trains what, at which rate and decay."""
@@ -5979,7 +5900,8 @@ def gather_hessians(
             ctx = Ctx(batch.tokens, batch.docs, cfg.data.seq_len, final_phase(cfg))
             head.add(model.head_reads(model.hidden(ctx).y, ctx.phase)[0])
             world.journal.beat()
-            if not pace.leaves_time():
+            pace.note()
+            if not pace.has_room():
                 world.journal.warn(
                     f"calibration: cut short after span {k + 1} of {cfg.gptq.batches}, by the cap"
                 )
@@ -6065,10 +5987,6 @@ class Pace:
 
     def has_room(self) -> bool:
         return self.until == math.inf or self.clock.elapsed() + self.slowest * Clock.SAFETY < self.until
-
-    def leaves_time(self) -> bool:
-        self.note()
-        return self.has_room()
 
 
 def measured_reserve(model: GPT, loader: Loader, cfg: Config, world: World) -> float:
@@ -6230,12 +6148,8 @@ def search_grids(model: GPT, loader: Loader, cfg: Config, world: World, pace: Pa
     for name in names * (2 if cfg.search.again else 1):
         for at, values in search_axes(cfg):
             best = trial.along(grids[name], at, values, best)
-    return {
-        "evals": trial.count,
-        "cut": trial.stopped,
-        "nats": [first, best],
-        "grids": {name: [round(x, 6) for x in grids[name].tolist()] for name in names},
-    }
+    found = {name: [round(x, 6) for x in grids[name].tolist()] for name in names}
+    return {"evals": trial.count, "cut": trial.stopped, "nats": [first, best], "grids": found}
 
 
 # ======================================================================================
@@ -6556,9 +6470,11 @@ def pace_of(t: Trainer, kept: float, most: float) -> Pace:
 
 
 def weigh(t: Trainer, kept: float) -> float:
-    """Nats per held-out token of the weights in the model; infinite where the clock leaves no time."""
+    """Nats per held-out token of the weights in the model; infinite where they are no number, too, or where
+    the clock leaves no time."""
     pace = pace_of(t, kept, math.inf)
-    return round_trip(t.model, t.loader, t.cfg.proxy.tokens, t.cfg, t.world, pace)
+    nats = round_trip(t.model, t.loader, t.cfg.proxy.tokens, t.cfg, t.world, pace)
+    return nats if nats < math.inf else math.inf
 
 
 @contextlib.contextmanager
@@ -6765,16 +6681,8 @@ def report(t: Trainer, r: Report) -> None:
 # ======================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
-SHAPE_SECTIONS = (
-    "model",
-    "loop",
-    "attn",
-    "residual",
-    "input",
-    "ahead",
-    "moe",
-    "export",
-)  # whose knobs decide the forward, with the four below
+# Sections whose knobs decide the forward, with SHAPE_KNOBS.
+SHAPE_SECTIONS = ("model", "loop", "attn", "residual", "input", "ahead", "moe", "export")
 MOST_HEADER = 1 << 20  # bytes; 100 tensors take about 5,000
 START_KNOBS = (  # of those sections, what matters to a model that is trained from the start alone
     "MATRIX_INIT", "MATRIX_INIT_STD", "RESIDUAL_PROJ_INIT_STD", "TIED_EMBED_INIT_STD", "QK_GAIN_INIT",
@@ -6799,12 +6707,9 @@ def shape_knobs(cfg: Config) -> dict[str, str]:
 
     Raises UserError when they do not fit the artifact's header, compressed.
     """
-    section = {env: name for env, (name, _) in all_knobs().items()}
-    knobs = {
-        env: text
-        for env, text in changed_knobs(cfg).items()
-        if (section[env] in SHAPE_SECTIONS and env not in START_KNOBS) or env in SHAPE_KNOBS
-    }
+    shapes = {env for env, (section, _) in all_knobs().items() if section in SHAPE_SECTIONS}
+    shapes = shapes - {*START_KNOBS} | {*SHAPE_KNOBS}
+    knobs = {env: text for env, text in changed_knobs(cfg).items() if env in shapes}
     size = len(squeeze(json.dumps(knobs).encode()))
     if size > 400:
         raise UserError(
@@ -6849,12 +6754,8 @@ def export(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         coded = threads.map(lambda pool: code_pool(pool, cfg.size.compressor), pools.values())
         coded = dict(zip(pools, coded, strict=True))
-    header = {
-        "knobs": shape_knobs(cfg),
-        "config_hash": config_hash(cfg),
-        "tensors": rows,
-        "streams": [[kind, c.coder, len(c.data)] for kind, c in coded.items()],
-    }
+    header = {"knobs": shape_knobs(cfg), "config_hash": config_hash(cfg), "tensors": rows}
+    header["streams"] = [[kind, c.coder, len(c.data)] for kind, c in coded.items()]
     header, payload = squeeze(json.dumps(header).encode()), b"".join(c.data for c in coded.values())
     blob = pack_container(ARTIFACT_MAGIC, ARTIFACT_VERSION, header, payload)
     return Shipment(blob, rows, streams, planes, coded)
@@ -6952,16 +6853,11 @@ def byte_table(shipment: Shipment) -> dict[str, list[dict]]:
         row = {"name": name, "codec": codec, "params": params, "bits": 8 * size / max(params, 1)}
         row |= {"entropy_bytes": round(sum(own[name].values())), "bytes": round(size)}
         rows.append(row | {"share": size / len(shipment.blob)})
-    kinds = [
-        {
-            "kind": kind,
-            "coder": c.coder,
-            "values": counts[kind],
-            "bits": 8 * len(c.data) / max(counts[kind], 1),
-        }
-        | {"entropy_bytes": round(whole[kind]), "bytes": len(c.data), "tried": c.tried}
-        for kind, c in shipment.coded.items()
-    ]
+    kinds = []
+    for kind, c in shipment.coded.items():
+        row = {"kind": kind, "coder": c.coder, "values": counts[kind]}
+        row |= {"bits": 8 * len(c.data) / max(counts[kind], 1), "entropy_bytes": round(whole[kind])}
+        kinds.append(row | {"bytes": len(c.data), "tried": c.tried})
     return {"tensors": rows, "streams": kinds}
 
 
@@ -7277,17 +7173,14 @@ def score_artifact(blob: bytes, val: Validation, cfg: Config, world: World) -> d
     """Load the artifact's bytes into a fresh model and score that; the declared score is logged last."""
     model = load(blob, cfg, world, "the artifact")
     strides = {"roundtrip": cfg.eval_len} | ({"sliding": cfg.scoring.stride} if cfg.scoring.sliding else {})
-    tags = {
-        "roundtrip": ("quantized", "roundtrip_exact"),
-        "sliding": ("quantized_sliding_window", "sliding_window_exact"),
-    }
+    words = {"roundtrip": ("", "roundtrip"), "sliding": ("_sliding_window", "sliding_window")}
     scores = {}
     for name in sorted(strides, key=lambda n: n == cfg.run.score):
         with world.journal.phase(f"eval_{name}"):
             scores[name], nats = evaluate(model, val, strides[name], cfg, world)
-        world.log(f"{tags[name][0]} {scores[name].line()}")
+        world.log(f"quantized{words[name][0]} {scores[name].line()}")
         world.log(
-            f"final_{scheme(cfg)}_{tags[name][1]} val_loss:{scores[name].val_loss:.8f} "
+            f"final_{scheme(cfg)}_{words[name][1]}_exact val_loss:{scores[name].val_loss:.8f} "
             f"val_bpb:{scores[name].val_bpb:.8f}" + " partial" * scores[name].partial
         )
         if cfg.run.nll_path and name == cfg.run.score:
@@ -7327,34 +7220,20 @@ class Facts(NamedTuple):
 def read_facts(tokenizer: Tokenizer, cfg: Config) -> Facts:
     """A packed program registers its unpacked source with linecache, where this finds it."""
     source = "".join(linecache.getlines(read_facts.__code__.co_filename))
-    return Facts(
-        source,
-        hashlib.sha256(source.encode()).hexdigest(),
-        cfg.size.code_bytes or Path(__file__).stat().st_size,
-        tokenizer.file_bytes,
-    )
+    size = cfg.size.code_bytes or Path(__file__).stat().st_size
+    return Facts(source, hashlib.sha256(source.encode()).hexdigest(), size, tokenizer.file_bytes)
 
 
 def log_header(facts: Facts, cfg: Config, world: World) -> None:
     """The versions, and the lines that log readers of this field look for (rules 3.2)."""
-    journal = world.journal
-    journal.log(
-        f"Running Python {sys.version.split()[0]}\nRunning PyTorch {torch.__version__}", file_only=True
-    )
-    journal.log(
-        "\n".join(
-            f"knob:{env}={text}" + ("" if FOLDED or env not in changed_knobs(cfg) else " (changed)")
-            for env, text in knob_values(cfg).items()
-        ),
-        file_only=True,
-    )
+    changed = {} if FOLDED else changed_knobs(cfg)
+    knobs = (f"knob:{env}={text}{' (changed)' * (env in changed)}" for env, text in knob_values(cfg).items())
+    versions = f"Running Python {sys.version.split()[0]}\nRunning PyTorch {torch.__version__}"
+    world.journal.log("\n".join([versions, *knobs]), file_only=True)
     folder = Path(cfg.run.data)
     shards = [] if cfg.run.eval_only else list_shards(folder, "train")
-    device = (
-        torch.cuda.get_device_name(world.device)
-        if world.device.type == "cuda"
-        else platform.processor() or "cpu"
-    )
+    gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if gpu else platform.processor() or "cpu"
     for line in (
         f"run_dir:{world.run_dir} stage:{SOURCE_STAGE} source_sha256:{facts.sha256[:16]}",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.run.tokenizer}",
@@ -7439,47 +7318,32 @@ def compile_facts(t: Trainer | None, cfg: Config, world: World) -> dict[str, obj
             f"compile: {late} graphs were made after warm-up, which had made {warm}: something that a graph "
             f"depends on changed during the run; each may have cost seconds of the clock"
         )
-    return {
-        "graphs": graphs,
-        "graphs_after_warmup": warm,
-        "mode": cfg.compute.compile_mode,
-        "cache": compile_cache_state(world),
-        "fallback": world.fallback,
-    }
+    told = {"graphs": graphs, "graphs_after_warmup": warm, "mode": cfg.compute.compile_mode}
+    return told | {"cache": compile_cache_state(world), "fallback": world.fallback}
 
 
 def foreign_files() -> list[str]:
     """Imported Python files that are neither this program, the standard library, nor installed packages."""
-    homes = (
-        sysconfig.get_paths()["stdlib"],
-        sysconfig.get_paths()["purelib"],
-        sysconfig.get_paths()["platlib"],
-    )
-    files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} - {None, __file__}
-    return sorted(
-        f
-        for f in files
-        if not f.startswith(homes) and Path(f).is_file() and Path(f).resolve() != Path(__file__).resolve()
-    )
+    homes, own = sysconfig.get_paths(), Path(__file__).resolve()
+    homes = tuple(homes[name] for name in ("stdlib", "purelib", "platlib"))
+    files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} - {None}
+    files = (f for f in files if not f.startswith(homes))
+    return sorted(f for f in files if Path(f).is_file() and Path(f).resolve() != own)
 
 
 def shipped_facts(t: Trainer | None, cfg: Config) -> dict[str, object]:
     """Whose weights ship, and by which figures; null stands for a round trip that there was no time for."""
-
-    def finite(values: object) -> object:
-        if isinstance(values, dict):
-            return {name: finite(value) for name, value in values.items()}
-        if isinstance(values, list):
-            return [finite(value) for value in values]
-        return None if isinstance(values, float) and not math.isfinite(values) else values
-
-    return {**finite(t.shipped), "held_out_tokens": tokens_held_out(cfg)} if t else {}
+    if not t:
+        return {}
+    finite = json.loads(json.dumps(t.shipped), parse_constant=lambda _: None)
+    return {**finite, "held_out_tokens": tokens_held_out(cfg)}
 
 
 def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
     """results.json, all but the bytes: every number a record needs, measured here and now."""
     seconds = t.clock.spent if t else 0.0
     steps = t.state.step if t else 0
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return {
         "run_id": cfg.run.id or world.run_dir.name,
         "config": knob_values(cfg),
@@ -7488,11 +7352,7 @@ def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: C
         "world_size": world.size,
         "device": str(world.device),
         "dtype": str(world.dtype),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions,
         "stage": SOURCE_STAGE,
         "source_sha256": facts.sha256,
         "steps": steps,
@@ -7607,8 +7467,8 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
     cfg, world = t.cfg, t.world
 
     def validate(step: int, train_ms: float) -> None:
-        now = phase_at(Progress(step, train_ms / 1000), cfg)  # loops and quantiser as trained so far,
-        now = now._replace(routing=1.0, extra=0)  # experts as they are scored in the end
+        at = Progress(step, train_ms / 1000, t.clock.reserve)  # loops and quantiser as trained so far,
+        now = phase_at(at, cfg)._replace(routing=1.0, extra=0)  # experts as they are scored in the end
         with world.journal.phase("validate"):
             score, _ = evaluate(t.model, val(), cfg.eval_len, cfg, world, now)
         world.log(

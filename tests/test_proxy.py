@@ -384,7 +384,7 @@ def test_guard_is_on_by_itself_with_ternary_weights_alone():
 
 def scripted(toy_data, values: list[float], **knobs) -> tuple[Trainer, list[dict]]:
     """A run of six steps whose round trips give these nats, and the weights in the model at each."""
-    t, seen, numbers = trainer(toy_data, **PROXY, ITERATIONS=6, **knobs), [], iter(values)
+    t, seen, numbers = trainer(toy_data, **PROXY | {"ITERATIONS": 6} | knobs), [], iter(values)
 
     def trip(model, *_):
         seen.append(weights_of(model))
@@ -443,6 +443,14 @@ def test_best_weights_only_ship_when_asked(toy_data):
 def test_a_round_trip_that_failed_is_never_the_best(toy_data, cut):
     t, _ = scripted(toy_data, [cut, cut, cut, 4.0])
     assert (t.shipped["weights"], t.best.origin) == ("live", "")
+
+
+def test_weights_whose_round_trip_is_no_number_do_not_ship(toy_data):
+    """Nothing is less than NaN, so a plain comparison would keep them."""
+    t, seen = scripted(toy_data, [5.0, 3.0, math.nan, math.nan])
+    assert t.shipped["weights"] == "best" and same(weights_of(t.model), seen[1])
+    t, _ = scripted(toy_data, [math.nan, 4.0], EXPORT_PROXY_EVAL=0, EMA_DECAY=0.5, EMA_GUARD=1)
+    assert t.shipped["weights"] == "ema" and t.shipped["nats"] == {"live": math.inf, "ema": 4.0}
 
 
 @pytest.mark.parametrize(("values", "kind"), [([5.0, 3.0, 4.0, 4.0], "best"), ([5.0, 4.0, 3.0, 3.0], "ema")])
@@ -813,3 +821,12 @@ def test_a_finished_run_may_be_resumed_and_chooses_the_same(tmp_path, toy_data):
 def test_progress_of_a_schedule_knows_the_reserve():
     cfg = config(MAX_WALLCLOCK_SECONDS=100, EMA_DECAY=0.9, EMA_START_FRACTION=0.5)
     assert [phase_at(Progress(9, seconds, 20.0), cfg).averages for seconds in (39.9, 40.0)] == [False, True]
+
+
+def test_every_phase_of_a_run_knows_the_reserve(tmp_path, toy_data, monkeypatch):
+    """Validation sees the loops and the quantiser that training has: its clock ends where theirs does."""
+    seen, real = [], train_gpt.phase_at
+    monkeypatch.setattr(train_gpt, "phase_at", lambda at, cfg: seen.append(at) or real(at, cfg))
+    knobs = {"GPTQ_ENABLED": 1, "GPTQ_RESERVE_SECONDS": 5, "MAX_WALLCLOCK_SECONDS": 100}
+    run_here(tmp_path, toy_data, **knobs, ITERATIONS=2, VAL_LOSS_EVERY=1)
+    assert len(seen) == 2 + 2 + 1 and {at.reserve for at in seen} == {5.0}

@@ -699,7 +699,8 @@ def all_on(*without: str) -> dict[str, str]:
 
 def matrix() -> dict[str, dict[str, str]]:
     """Name of a configuration -> its knobs. A feature that wants others beside it is tried with all on."""
-    features = {"all off": {}, "all on": all_on("residual", "input", "moe", "export"), "rest on": all_on("attn")}
+    features = {"all off": {}, "rest on": all_on("attn")}
+    features |= {"all on": all_on("residual", "input", "moe", "export")}
     for name, text in switches().items():
         try:
             train_gpt.read_config(train_gpt.tiny_env() | {name: text})

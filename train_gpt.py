@@ -2493,13 +2493,9 @@ def no_attention(choice: str, where: object) -> UserError:
 
 
 def pick_attention(
-    device: torch.device,
-    dtype: torch.dtype,
-    compiling: bool,
-    packing: bool = True,
-    gpu: bool = False,
-    choice: str = "auto",
-) -> tuple[str, Callable]:
+    device: torch.device, dtype: torch.dtype, compiling: bool,
+    packing: bool = True, gpu: bool = False, choice: str = "auto",
+) -> tuple[str, Callable]:  # fmt: skip
     """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, Flex, SDPA.
 
     All have one contract: q (B,N,H,K), k and v (B,N,G,K), docs, longest -> (B,N,H,K). Without packing no
@@ -5843,11 +5839,8 @@ def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
             f"that version, or choose another RUN_ID"
         )
     mine, theirs = identity(cfg), meta["knobs"]
-    differ = [
-        f"{env} (checkpoint {theirs.get(env)!r}, now {mine.get(env)!r})"
-        for env in sorted(set(mine) | set(theirs))
-        if mine.get(env) != theirs.get(env)
-    ]
+    names = [env for env in sorted({*mine, *theirs}) if mine.get(env) != theirs.get(env)]
+    differ = [f"{env} (checkpoint {theirs.get(env)!r}, now {mine.get(env)!r})" for env in names]
     if differ:
         raise UserError(
             f"the checkpoint belongs to another configuration: {', '.join(differ)}; set them back or "
@@ -6982,11 +6975,8 @@ def artifact_env(path: Path, env: dict[str, str]) -> dict[str, str]:
     knobs = read_artifact_header(path.read_bytes(), str(path))[0]["knobs"]
     merged = read_config({**knobs, **env})
     ours = shape_knobs(merged)
-    clash = [
-        f"{k} (artifact {knobs.get(k, 'default')!r}, now {ours.get(k, 'default')!r})"
-        for k in sorted({*knobs, *ours})
-        if knobs.get(k) != ours.get(k) and k != "EVAL_SEQ_LEN"
-    ]
+    names = [k for k in sorted({*knobs, *ours}) if knobs.get(k) != ours.get(k) and k != "EVAL_SEQ_LEN"]
+    clash = [f"{k} (artifact {knobs.get(k, 'default')!r}, now {ours.get(k, 'default')!r})" for k in names]
     if clash:
         raise UserError(
             f"ARTIFACT={path} belongs to another configuration: {', '.join(clash)}; unset or match them"
@@ -7390,10 +7380,8 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
         write_atomic(world.run_dir / "results.json", json.dumps(results, indent=1).encode())
     scores = results["scores"]
     rows = [("steps", f"{results['steps']:,}"), ("tokens per second", f"{results['tokens_per_second']:,.0f}")]
-    rows += [
-        (f"bits per byte, {name}", f"{s['val_bpb']:.4f}{' (partial)' if s['partial'] else ''}")
-        for name, s in scores.items()
-    ]
+    for name, s in scores.items():
+        rows.append((f"bits per byte, {name}", f"{s['val_bpb']:.4f}" + " (partial)" * s["partial"]))
     rows += [
         ("order-0 entropy of its tokens", f"{results['order0_bpb']:.4f}"),
         ("bytes of code", f"{facts.code_bytes:,}"),
@@ -7474,8 +7462,7 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
         world.log(
             f"step:{step}/{cfg.budget.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
-            + " partial"
-            * score.partial
+            f"{' partial' * score.partial}"
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
         if cfg.run.forecast:

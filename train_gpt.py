@@ -4576,7 +4576,7 @@ class OutBank(Bank):
             nn.init.normal_(self.weight, 0.0, cfg.model.out_std)
         if cfg.model.normed == "gain":
             self.scale = nn.Parameter(torch.ones(cfg.moe.experts, n_in))
-            self.tags["scale"] = Tag(Half(), "scalar")
+            self.tags["scale"] = Tag(Half(), "router")  # as a resting expert's must not decay
 
     def forward(self, x: Tensor, ends: Tensor, phase: Phase) -> Tensor:
         w = self.effective(phase)
@@ -5393,8 +5393,8 @@ def matrix_rate(cfg: Config) -> float:
 def optimizer_table(cfg: Config) -> dict[str, tuple[str, float, float]]:
     """Kind of parameter -> (algorithm, rate, weight decay), both at a phase's factor 1 (SKC notes 3.2).
 
-    scalar: gains, scales, what is mixed with what. other: weights and biases of gates. router: of experts,
-    never decayed. diagonal: of a recurrence that must not grow, see `keep_diagonals`.
+    scalar: gains, scales, what is mixed with what. other: weights and biases of gates. router: routers, and
+    gains of experts, never decayed. diagonal: of a recurrence that must not grow, see `keep_diagonals`.
     """
     matrices, scales = "adam", cfg.optim.scalar_lr * cfg.optim.scales_mult
     if cfg.optim.matrices == "muon":
@@ -5533,7 +5533,7 @@ class Optimizer:
 
     Every rank holds all weights and Adam's moments, and a share of Muon's momentum (frontier 5.4). A
     parameter without gradient is still moved by Adam's moments and decay: routers, of which each row has
-    one through the softmax, lose nothing by it, experts would.
+    one through the softmax, lose nothing by it, experts would, of whose gains a few steps are no matter.
     """
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:

@@ -2493,13 +2493,9 @@ def no_attention(choice: str, where: object) -> UserError:
 
 
 def pick_attention(
-    device: torch.device,
-    dtype: torch.dtype,
-    compiling: bool,
-    packing: bool = True,
-    gpu: bool = False,
-    choice: str = "auto",
-) -> tuple[str, Callable]:
+    device: torch.device, dtype: torch.dtype, compiling: bool,
+    packing: bool = True, gpu: bool = False, choice: str = "auto",
+) -> tuple[str, Callable]:  # fmt: skip
     """(name, function) of the fastest attention at hand: FA3, FA2, torch's varlen kernel, Flex, SDPA.
 
     All have one contract: q (B,N,H,K), k and v (B,N,G,K), docs, longest -> (B,N,H,K). Without packing no
@@ -4580,7 +4576,7 @@ class OutBank(Bank):
             nn.init.normal_(self.weight, 0.0, cfg.model.out_std)
         if cfg.model.normed == "gain":
             self.scale = nn.Parameter(torch.ones(cfg.moe.experts, n_in))
-            self.tags["scale"] = Tag(Half(), "scalar")
+            self.tags["scale"] = Tag(Half(), "router")  # as a resting expert's must not decay
 
     def forward(self, x: Tensor, ends: Tensor, phase: Phase) -> Tensor:
         w = self.effective(phase)
@@ -5397,8 +5393,8 @@ def matrix_rate(cfg: Config) -> float:
 def optimizer_table(cfg: Config) -> dict[str, tuple[str, float, float]]:
     """Kind of parameter -> (algorithm, rate, weight decay), both at a phase's factor 1 (SKC notes 3.2).
 
-    scalar: gains, scales, what is mixed with what. other: weights and biases of gates. router: of experts,
-    never decayed. diagonal: of a recurrence that must not grow, see `keep_diagonals`.
+    scalar: gains, scales, what is mixed with what. other: weights and biases of gates. router: routers, and
+    gains of experts, never decayed. diagonal: of a recurrence that must not grow, see `keep_diagonals`.
     """
     matrices, scales = "adam", cfg.optim.scalar_lr * cfg.optim.scales_mult
     if cfg.optim.matrices == "muon":
@@ -5537,7 +5533,7 @@ class Optimizer:
 
     Every rank holds all weights and Adam's moments, and a share of Muon's momentum (frontier 5.4). A
     parameter without gradient is still moved by Adam's moments and decay: routers, of which each row has
-    one through the softmax, lose nothing by it, experts would.
+    one through the softmax, lose nothing by it, experts would, of whose gains a few steps are no matter.
     """
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:
@@ -5843,11 +5839,8 @@ def refuse_other_run(meta: dict, cfg: Config, data: str) -> None:
             f"that version, or choose another RUN_ID"
         )
     mine, theirs = identity(cfg), meta["knobs"]
-    differ = [
-        f"{env} (checkpoint {theirs.get(env)!r}, now {mine.get(env)!r})"
-        for env in sorted(set(mine) | set(theirs))
-        if mine.get(env) != theirs.get(env)
-    ]
+    names = [env for env in sorted({*mine, *theirs}) if mine.get(env) != theirs.get(env)]
+    differ = [f"{env} (checkpoint {theirs.get(env)!r}, now {mine.get(env)!r})" for env in names]
     if differ:
         raise UserError(
             f"the checkpoint belongs to another configuration: {', '.join(differ)}; set them back or "
@@ -6982,11 +6975,8 @@ def artifact_env(path: Path, env: dict[str, str]) -> dict[str, str]:
     knobs = read_artifact_header(path.read_bytes(), str(path))[0]["knobs"]
     merged = read_config({**knobs, **env})
     ours = shape_knobs(merged)
-    clash = [
-        f"{k} (artifact {knobs.get(k, 'default')!r}, now {ours.get(k, 'default')!r})"
-        for k in sorted({*knobs, *ours})
-        if knobs.get(k) != ours.get(k) and k != "EVAL_SEQ_LEN"
-    ]
+    names = [k for k in sorted({*knobs, *ours}) if knobs.get(k) != ours.get(k) and k != "EVAL_SEQ_LEN"]
+    clash = [f"{k} (artifact {knobs.get(k, 'default')!r}, now {ours.get(k, 'default')!r})" for k in names]
     if clash:
         raise UserError(
             f"ARTIFACT={path} belongs to another configuration: {', '.join(clash)}; unset or match them"
@@ -7390,10 +7380,8 @@ def finish(results: dict, blob: bytes, val: Validation, facts: Facts, world: Wor
         write_atomic(world.run_dir / "results.json", json.dumps(results, indent=1).encode())
     scores = results["scores"]
     rows = [("steps", f"{results['steps']:,}"), ("tokens per second", f"{results['tokens_per_second']:,.0f}")]
-    rows += [
-        (f"bits per byte, {name}", f"{s['val_bpb']:.4f}{' (partial)' if s['partial'] else ''}")
-        for name, s in scores.items()
-    ]
+    for name, s in scores.items():
+        rows.append((f"bits per byte, {name}", f"{s['val_bpb']:.4f}" + " (partial)" * s["partial"]))
     rows += [
         ("order-0 entropy of its tokens", f"{results['order0_bpb']:.4f}"),
         ("bytes of code", f"{facts.code_bytes:,}"),
@@ -7474,8 +7462,7 @@ def train_and_ship(t: Trainer, val: Callable[[], Validation], facts: Facts) -> b
         world.log(
             f"step:{step}/{cfg.budget.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
-            + " partial"
-            * score.partial
+            f"{' partial' * score.partial}"
         )
         world.journal.trace(step=step - 1, val_loss=score.val_loss.hex())
         if cfg.run.forecast:

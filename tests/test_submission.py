@@ -382,7 +382,7 @@ MUTANTS = {  # name: (text of the folded program, what stands in its place)
     "another key of the state": ("q_gain", "q_gains"),
     "an operator without annotations": ("def attend(q: Tensor, k: Tensor", "def attend(q, k: Tensor"),
     "a random draw before another": ("c_q", "c_k"),
-    "a comparison": ("if j < plan.skips", "if j <= plan.skips"),
+    "a comparison": ("0 <= j < plan.skips", "0 <= j <= plan.skips"),
     "operands": ("a * cos + b * sin, b * cos - a * sin", "b * cos - a * sin, a * cos + b * sin"),
     "a default": ("zero: bool=False", "zero: bool=True"),
     "an argument": ("torch.where(ok, new, momentum,", "torch.where(ok, momentum, new,"),

@@ -769,8 +769,12 @@ def choice_rules(cfg: Config) -> list[tuple[bool, str]]:
     return [
         (low <= high, f"TERNARY_THRESHOLD_LOW={low} is above TERNARY_THRESHOLD_HIGH={high}"),
         (least <= most, f"TERNARY_SCALE_MULT_LOW={least} is above TERNARY_SCALE_MULT_HIGH={most}"),
-        (not cfg.proxy.align or searches(cfg), "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and "
-         "TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
+        (not cfg.proxy.align or (searches(cfg) and cfg.quantises), "EXPORT_ALIGNED_TRAIN=1 wants ternary "
+         "weights trained as such, and TERNARY_THRESHOLD_SEARCH=1 or TERNARY_SCALE_SEARCH=1"),
+        (not cfg.ternary.noise or (has_ternary(cfg) and cfg.quantises), f"TERNARY_NOISE_SCALE="
+         f"{cfg.ternary.noise:g} wants ternary weights trained as such, e.g. MATRIX_CODEC=ternary"),
+        (not cfg.ternary.calibrates or has_ternary(cfg), "TERNARY_THRESHOLD_SEARCH=1 and TERNARY_SCALE_SEARCH"
+         "=1 want ternary weights, e.g. MATRIX_CODEC=ternary"),
         (tokens_held_out(cfg) >= held_out_read(cfg), f"HELD_OUT_TOKENS={cfg.proxy.held_out} is less than the "
          f"{held_out_read(cfg)} tokens that EXPORT_PROXY_TOKENS and CALIB_PROXY_MAX_TOK read; raise it, or 0 "
          "for just as many"),
@@ -4777,7 +4781,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model.dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model.dim), torch.zeros(cfg.model.dim)]))
         self.tags = dict.fromkeys(("attn_scale", "mlp_scale", "resid_mix"), Tag(Half(), "scalar"))
-        if cfg.residual.delta_gate:
+        if cfg.residual.delta_gate and not (cfg.residual.lanes_on and layer >= cfg.lanes_start):
             self.delta_weight = nn.Parameter(torch.zeros(1, cfg.model.dim))
             self.delta_bias = nn.Parameter(torch.full((1,), 2.0))
             self.tags |= dict.fromkeys(("delta_weight", "delta_bias"), Tag(Half(), "other"))

@@ -35,8 +35,10 @@ GROUPS = {
     ),
     "builder": (300, "submission"),
     "kernels": (180, "kernels compile triton gpu_suite storage coding bitpacking bench"),
-    "models": (180, "features experts model ternary_model optimizer train objective ranks"),
-    "evaluation": (180, "export ternary calibrate proxy evaluate output causality legality"),
+    "models": (180, "features model optimizer train objective ranks"),
+    "evaluation": (
+        180, "export ternary ternary_model experts calibrate proxy evaluate output causality legality",
+    ),
     "distillation": (120, "teachers distillation"),
     "records": (120, "records readme audit sweep"),
     "robustness": (120, "robustness checkpoint resume dependencies regressions"),

@@ -132,14 +132,16 @@ def test_what_is_held_out_follows_from_what_is_read():
     assert tokens_held_out(config(**TERNARY, EMA_DECAY=0.9)) == 301
     assert tokens_held_out(config(**TERNARY, EMA_DECAY=0.9, EMA_GUARD=0)) == 0
     assert tokens_held_out(config(EMA_DECAY=0.9)) == 0
-    assert tokens_held_out(config(TERNARY_THRESHOLD_SEARCH=1)) == 0, "nothing ternary, nothing searched"
 
 
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
         (PROXY | {"HELD_OUT_TOKENS": 200}, "HELD_OUT_TOKENS=200 is less than the 301 tokens that"),
-        ({"EXPORT_ALIGNED_TRAIN": 1}, "EXPORT_ALIGNED_TRAIN=1 wants ternary weights and TERNARY_THRESHOLD"),
+        ({"EXPORT_ALIGNED_TRAIN": 1}, "EXPORT_ALIGNED_TRAIN=1 wants ternary weights trained as such, and"),
+        (ALIGN | {"QAT_ENABLED": 0}, "EXPORT_ALIGNED_TRAIN=1 wants ternary weights trained as such"),
+        ({"TERNARY_SCALE_SEARCH": 1}, "TERNARY_SCALE_SEARCH=1 want ternary weights, e.g. MATRIX_CODEC=tern"),
+        ({"TERNARY_NOISE_SCALE": 0.1}, "TERNARY_NOISE_SCALE=0.1 wants ternary weights trained as such"),
         ({"TERNARY_THRESHOLD_LOW": 0.8}, "TERNARY_THRESHOLD_LOW=0.8 is above TERNARY_THRESHOLD_HIGH=0.75"),
         ({"TERNARY_SCALE_MULT_HIGH": 0.5}, "TERNARY_SCALE_MULT_LOW=0.9 is above TERNARY_SCALE_MULT_HIGH=0.5"),
     ],
@@ -537,7 +539,7 @@ def test_time_for_the_end_is_measured_and_kept(tmp_path, toy_data):
     run = run_here(tmp_path, toy_data, **knobs, CALIB_MAX_EVALS=6, EXPORT_PROXY_EVERY=20)
     stopped = int(re.search(r"train_time:(\d+)ms", run.lines("stopping_early")[0])[1])
     reserve = int(re.search(r"reserve:(\d+)ms", run.lines("calibration:")[0])[1])
-    assert 0 < reserve < 2000 and stopped <= 4000 - reserve
+    assert 0 < reserve < 2000 and stopped <= 4000 - reserve / 2  # all of it on fake clocks
     assert run.results["train_seconds"] <= 4
     assert run.results["shipped"]["search"]["evals"] <= 6
 

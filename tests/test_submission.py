@@ -27,6 +27,7 @@ import train_gpt
 from conftest import ROOT, clean_env, read_env, run_program, tiny_env, torchrun
 
 BUILDER = ROOT / "build_submission.py"
+FULL = pytest.mark.full
 BASELINE_BYTES = 22_600  # the packed baseline may not grow beyond this; the aim is 14,000, a new knob is ten
 # Every kind of feature switched on, on top of the tiny sizes; three aliases and spellings that are not ours.
 FEATURES = """# a recipe for tests
@@ -320,7 +321,7 @@ def unproven(monkeypatch):
     monkeypatch.setattr(builder, "prove", lambda *_: builder.Proof({}, 0, ""))
 
 
-@pytest.mark.parametrize("stage", ["frozen", "folded", "minified"])
+@pytest.mark.parametrize("stage", ["frozen", *(pytest.param(s, marks=FULL) for s in ("folded", "minified"))])
 def test_until_a_stage_ships_text(stage, built, tmp_path, unproven):
     assert builder.main([str(built.env_file), "--out", str(tmp_path / "out"), "--until", stage]) == 0
     text = (tmp_path / "out" / "train_gpt.py").read_text()
@@ -480,7 +481,7 @@ def random_mutants(text: str, count: int, seed: int) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=FULL)])
 def test_random_mutant_that_changes_the_trace_is_caught(count, folded, twin, tmp_path, monkeypatch, capsys):
     """Half of them of this recipe, half of the baseline; a survivor is not reached, or is as good."""
     monkeypatch.setattr(builder, "TWIN_SECONDS", 20)
@@ -711,8 +712,8 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def sampled(names: list[str]) -> list:
-    """The largest record besides all at once, as other tests build the baseline; all with --full."""
-    kept = ["all on", "rest on", "r1855"]
+    """As much at once as goes, beside the baseline that other tests build; all with --full."""
+    kept = ["rest on"]
     return [name if name in kept else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
@@ -880,7 +881,10 @@ def test_methods_go_unless_named_or_called_by_torch(source):
             "cfg is given another value",
         ),
         ("    t.clock.start()\n", "    t.clock.start()\n    getattr(t, t.name)\n", "a name reached by text"),
-        ("    t.clock.start()\n", "    t.clock.start()\n    eval('1')\n", "a name reached by text"),
+        pytest.param(
+            *("    t.clock.start()\n", "    t.clock.start()\n    eval('1')\n", "a name reached by text"),
+            marks=FULL,
+        ),
         (
             "    t.clock.start()\n",
             "    global x\n    t.clock.start()\n",

@@ -359,6 +359,7 @@ print(scaled(1, 2, offset=3), scaled(1, **{"factor": 2}, offset=3), Thing().grow
     assert told.stdout == "106 106 2\n"
 
 
+@pytest.mark.full
 def test_builder_without_the_minifier_says_what_to_install(built, tmp_path, unproven, monkeypatch, capsys):
     monkeypatch.setattr(builder, "minify", builder.minify.__wrapped__)
     monkeypatch.setitem(sys.modules, "python_minifier", None)

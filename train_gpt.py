@@ -1903,9 +1903,7 @@ class Shards:
         return np.memmap(self.paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES)[:count]
 
     def held_out(self) -> np.ndarray:
-        """(held,) tokens that training never sees, the last of all."""
-        if self.held == 0:
-            return np.zeros(0, "<u2")
+        """(held,) tokens that training never sees, the last of all; wanted only where there are some."""
         last = np.memmap(self.paths[-1], dtype="<u2", mode="r", offset=HEADER_BYTES)
         return self.checked(len(self.paths) - 1, last[-self.held :])
 

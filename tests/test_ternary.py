@@ -70,7 +70,8 @@ def test_grids_belong_to_ternary_weights_of_runs_that_calibrate(knob):
     assert [*grids_of(model)] == ternary and len(ternary) == 6 * 3
     assert all(grid.tolist() == [0.5, 1.0] for grid in grids_of(model).values())
     assert not grids_of(scrambled(config(**TERNARY)))
-    assert not grids_of(scrambled(config(MATRIX_CODEC="fp4", **{knob: 1})))
+    some = grids_of(scrambled(config(MATRIX_CODEC="fp4", ATTN_CODEC="ternary", **{knob: 1})))
+    assert [*some] == [name for name in ternary if ".attn." in name]
     assert not grids_of(scrambled(config(**TERNARY, **{knob: 1}, TERNARY_QAT=1)))
 
 
@@ -536,7 +537,7 @@ def test_clip_search_never_raises_the_error_of_what_ships(mode, codec, monkeypat
     """Against the weights as they were: against the clipped ones the hardest clip would always win."""
     said = []
     monkeypatch.setattr(train_gpt.World, "log", lambda self, text: said.append(text))
-    knobs = {"MATRIX_CODEC": codec, "EMBED_CODEC": codec, "TERNARY_THRESHOLD_SEARCH": 1}
+    knobs = {"MATRIX_CODEC": codec, "EMBED_CODEC": codec, "TERNARY_THRESHOLD_SEARCH": int(codec == "ternary")}
     cfg = config(**knobs, TERNARY_CLIP_MODE=mode, TERNARY_CLIP_ROWS_K=3, TERNARY_EMBED_CLIP_ROWS_K=3)
     model = calibrated(heavy_model(cfg))
     matrices = [n for n, tag in param_tags(model).items() if isinstance(tag.codec, Ternary | Fp8 | Fp4)]

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import ROOT, Bench, facts, parser_for
+from common import ROOT, Bench, facts, parser_for, place_of
 from torch import Tensor
 
 import train_gpt as tg
@@ -301,13 +301,7 @@ def scale_error(model: tg.GPT, cfg: tg.Config) -> Iterator[dict]:
 
 def where(rows: list[dict]) -> str:
     """The machine of a section's rows."""
-    if not rows:
-        return "Not run."
-    v = rows[-1]
-    return (
-        f"{v['date']}: {v['cores']} cores ({v['cpu']}), load {v['load']} at the start, Python {v['python']}, "
-        f"numpy {v['numpy']}, torch {v['torch']}, source {v['source'][:8]}."
-    )
+    return place_of(rows[-1]) if rows else "Not run."
 
 
 def render(rows: list[dict]) -> str:

@@ -69,6 +69,14 @@ def facts(*names: str) -> dict:
     return {name: FACTS[name]() for name in names}
 
 
+def place_of(row: dict) -> str:
+    """The machine and moment of a raw line that has all of FACTS."""
+    return (
+        f"{row['date']}: {row['cores']} cores ({row['cpu']}), load {row['load']} at the start, Python "
+        f"{row['python']}, numpy {row['numpy']}, torch {row['torch']}, source {row['source'][:8]}."
+    )
+
+
 def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, Bench, facts, parser_for
+from common import ROOT, Bench, facts, parser_for, place_of
 
 import train_gpt as tg
 from build_submission import read_env_file
@@ -122,8 +122,7 @@ def where(rows: list[dict]) -> str:
     r = rows[-1]
     return (
         f"{r['trits']:,} trits, {r['zeros']:.1%} of them zeros; bits per byte of the first {r['targets']:,} "
-        f"targets of FineWeb documents. {r['date']}: {r['cores']} cores ({r['cpu']}), load {r['load']}, "
-        f"Python {r['python']}, numpy {r['numpy']}, torch {r['torch']}, source {r['source'][:8]}."
+        f"targets of FineWeb documents. {place_of(r)}"
     )
 
 

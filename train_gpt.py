@@ -1665,6 +1665,7 @@ class Clock:
         self.spent, self.mark, self.saved, self.interrupted = spent, None, now(), False
         self.heard, self.pending = Reading(spent, False, False), None
         self.times: deque[float] = deque(maxlen=20)
+        self.paces: list[float] = []  # of every step of this process
         self.cap, self.reserve, self.fresh = cfg.budget.seconds, 0.0, False
 
     def keep(self, reserve: float) -> None:
@@ -1717,6 +1718,7 @@ class Clock:
         seconds, stop, save = mine.tolist()
         if not self.fresh:
             self.times.append(seconds - self.heard.seconds)
+            self.paces.append(self.times[-1])
         self.heard, self.fresh = Reading(seconds, stop > 0, save > 0), False
         return self.heard
 
@@ -7331,6 +7333,12 @@ def shipped_facts(t: Trainer | None, cfg: Config) -> dict[str, object]:
     return {**finite, "held_out_tokens": tokens_held_out(cfg)}
 
 
+def step_seconds(t: Trainer | None) -> dict[str, float] | None:
+    """Of the median step and of the fastest tenth; the mean knows of compiling and of neighbours too."""
+    paces = sorted(t.clock.paces) if t else []
+    return {"median": statistics.median(paces), "fastest_tenth": paces[len(paces) // 10]} if paces else None
+
+
 def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
     """results.json, all but the bytes: every number a record needs, measured here and now."""
     seconds = t.clock.spent if t else 0.0
@@ -7358,6 +7366,8 @@ def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: C
         "resumed": bool(t and t.state.resumed),
         "skipped_steps": t.state.skipped if t else 0,
         "compile_cache": compile_cache_state(world),
+        "step_seconds": step_seconds(t),
+        "threads": torch.get_num_threads(),
         **({} if FOLDED else {"compile": compile_facts(t, cfg, world), "shipped": shipped_facts(t, cfg)}),
         "process_seconds": time.perf_counter() - world.journal.started,
         "tokenizer_bytes": {"bytes": facts.tokenizer_bytes, "note": "not counted by precedent"},

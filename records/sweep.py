@@ -331,17 +331,19 @@ def results_of(job: Job, runs: Path) -> dict | None:
 
 
 def line_of(job: Job, results: dict) -> dict:
-    """The raw line of a run."""
+    """The raw line of a run; one by an older program tells neither its threads nor its median step."""
     copied = ("config_hash", "versions", "device", "dtype", "world_size", "params", "steps", "train_tokens")
     copied += ("train_seconds", "tokens_per_second", "process_seconds", "bytes", "score")
+    threads = f", {results['threads']} thread(s)" if "threads" in results else ""
     return {
         "row": job.row.name,
         "seed": job.seed,
         "settings": job.row.settings,
         "date": today(),
         "source": results["source_sha256"][:16],
-        "machine": f"{os.cpu_count()} cores of {cpu_name()}",
+        "machine": f"{os.cpu_count()} cores of {cpu_name()}{threads}",
         **{name: results[name] for name in copied},
+        "step_seconds": results.get("step_seconds"),
         "scores": {name: [s["val_bpb"], s["partial"]] for name, s in results["scores"].items()},
     }
 
@@ -433,7 +435,8 @@ def render(sweep: Sweep, lines: list[dict]) -> str:
         f"`python records/sweep.py {shown_path(sweep.path)}`: base `{sweep.heads['base']}`, score: {score}, "
         f"in bits per byte. sd is the standard deviation over seeds. A difference is to the row named beside "
         f"it, also in units of {first.name}'s sd: beyond 2 of them better or worse, beyond 4 clearly so. "
-        "Round trip: the artifact's score less that of the weights as trained.",
+        "Round trip: the artifact's score less that of the weights as trained. tokens/s: at the median step; "
+        "with a star the mean of a run that told no median, so a busy machine is in it.",
         "",
         "| row | knobs | runs | bpb | sd | difference | in sd | round trip | parameters | steps | tokens/s | "
         "artifact bytes | source |",
@@ -458,7 +461,7 @@ def table_row(row: Row, found: dict[str, Summary], unit: float | None) -> str:
     cells += [f"{own.mean:.4f}" + " (partial)" * own.partial]
     cells += [f"{own.spread:.4f}" if own.spread is not None else "-"]
     cells += compared(own, other, unit, row.against) if row.against != row.name else ["-", "-"]
-    cells += [lost(own), span(own, "params"), span(own, "steps"), span(own, "tokens_per_second")]
+    cells += [lost(own), span(own, "params"), span(own, "steps"), pace(own)]
     cells += [f"{statistics.fmean(line['bytes']['model'] for line in own.lines):,.0f}"]
     cells += [", ".join(sorted({line["source"][:8] for line in own.lines}))]
     return f"| {' | '.join(cells)} |"
@@ -484,6 +487,15 @@ def lost(own: Summary) -> str:
 
 def span(own: Summary, key: str) -> str:
     return f"{statistics.fmean(line[key] for line in own.lines):,.0f}"
+
+
+def pace(own: Summary) -> str:
+    """Tokens a second, the mean over runs."""
+    known = [line for line in own.lines if line.get("step_seconds")]
+    if not known:
+        return span(own, "tokens_per_second") + "*"
+    batches = (line["train_tokens"] / line["steps"] / line["step_seconds"]["median"] for line in known)
+    return f"{statistics.fmean(batches):,.0f}"
 
 
 def remarks(tabled: list[dict], others: int) -> list[str]:

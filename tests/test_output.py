@@ -232,7 +232,7 @@ KEYS = {
     "run_id", "config", "config_hash", "seed", "world_size", "device", "versions", "steps", "train_tokens",
     "train_seconds", "tokens_per_second", "params", "scores", "bytes", "phases", "resumed", "skipped_steps",
     "compile_cache", "process_seconds", "tokenizer_bytes", "extra_files_imported", "system_binaries",
-    "source_sha256",
+    "source_sha256", "step_seconds", "threads",
 }  # fmt: skip
 
 
@@ -253,6 +253,9 @@ def test_results_are_those_of_the_run(program, toy_data):
     assert (results["steps"], results["train_tokens"], results["params"]) == (12, 12 * 256, 32172)
     assert results["tokens_per_second"] == pytest.approx(12 * 256 / results["train_seconds"])
     assert 0 < results["train_seconds"] < results["process_seconds"]
+    step = results["step_seconds"]
+    assert 0 < step["fastest_tenth"] <= step["median"] < results["train_seconds"] / 6
+    assert results["threads"] == train_gpt.torch.get_num_threads()
     assert (results["resumed"], results["skipped_steps"], results["compile_cache"]) == (False, 0, "none")
     assert results["tokenizer_bytes"]["bytes"] == toy_data.tokenizer.stat().st_size
     assert results["tokenizer_bytes"]["note"] == "not counted by precedent"

@@ -1718,7 +1718,8 @@ class Clock:
         seconds, stop, save = mine.tolist()
         if not self.fresh:
             self.times.append(seconds - self.heard.seconds)
-            self.paces.append(self.times[-1])
+            if not FOLDED:
+                self.paces.append(self.times[-1])
         self.heard, self.fresh = Reading(seconds, stop > 0, save > 0), False
         return self.heard
 
@@ -7333,10 +7334,16 @@ def shipped_facts(t: Trainer | None, cfg: Config) -> dict[str, object]:
     return {**finite, "held_out_tokens": tokens_held_out(cfg)}
 
 
-def step_seconds(t: Trainer | None) -> dict[str, float] | None:
+def step_facts(t: Trainer | None) -> dict[str, object]:
     """Of the median step and of the fastest tenth; the mean knows of compiling and of neighbours too."""
     paces = sorted(t.clock.paces) if t else []
-    return {"median": statistics.median(paces), "fastest_tenth": paces[len(paces) // 10]} if paces else None
+    times = {"median": statistics.median(paces), "fastest_tenth": paces[len(paces) // 10]} if paces else None
+    return {"step_seconds": times, "threads": torch.get_num_threads()}
+
+
+def unfolded_facts(t: Trainer | None, cfg: Config, world: World) -> dict[str, object]:
+    """What a packed program leaves out."""
+    return {"compile": compile_facts(t, cfg, world), "shipped": shipped_facts(t, cfg), **step_facts(t)}
 
 
 def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: Config, world: World) -> dict:
@@ -7366,9 +7373,7 @@ def results_of(t: Trainer | None, scores: dict[str, Score], facts: Facts, cfg: C
         "resumed": bool(t and t.state.resumed),
         "skipped_steps": t.state.skipped if t else 0,
         "compile_cache": compile_cache_state(world),
-        "step_seconds": step_seconds(t),
-        "threads": torch.get_num_threads(),
-        **({} if FOLDED else {"compile": compile_facts(t, cfg, world), "shipped": shipped_facts(t, cfg)}),
+        **({} if FOLDED else unfolded_facts(t, cfg, world)),
         "process_seconds": time.perf_counter() - world.journal.started,
         "tokenizer_bytes": {"bytes": facts.tokenizer_bytes, "note": "not counted by precedent"},
         "extra_files_imported": foreign_files(),
